@@ -1,0 +1,25 @@
+"""Shared fixtures: reference material that lies beside the repository on some machines, and skips that say why."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder with the golden files and the real nuScenes frame; the test skips where it is absent."""
+    folder = Path(os.environ.get("CMTAQR_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"reference material not found at {folder}: set CMTAQR_SHARED to its folder to run this test")
+    return folder
+
+
+@pytest.fixture
+def cuda():
+    """A CUDA device; the test skips on a machine without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: run `make test-gpu` on a machine that has one")
+    return torch.device("cuda")
