@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Create .venv and install CMT-AQR with everything it needs, one resumable step at a time.
 
-Each step that succeeds leaves a stamp in .venv/stamps named after its content, so a second run skips
+Each step that succeeds leaves a stamp in the environment, named after its content, so a second run skips
 what is done and a changed requirement reruns what depends on it. Standard library only: this runs
 before anything is installed.
 """
@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
+# --here installs into the environment that runs this script (conda); otherwise into .venv beside the sources.
+HERE = "--here" in sys.argv
+PREFIX = Path(sys.prefix) if HERE else ROOT / ".venv"
+PYTHON = PREFIX / "bin" / "python"
 LOCK = ROOT / "requirements.lock"
-STAMPS = VENV / "stamps"
-LOG = VENV / "install.log"
+STAMPS = PREFIX / "cmtaqr-stamps"
+LOG = PREFIX / "cmtaqr-install.log"
 PIP = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(LOCK)]
 # mmdet3d names open3d, black and a matplotlib that no longer builds; nothing here imports them.
 NO_DEPS = ["mmdet3d", "lyft-dataset-sdk"]
@@ -48,16 +50,20 @@ def requirements(*sections):
     return [item for key in sections for item in config["DEFAULT"][key].split()]
 
 
-def has_cuda():
-    """True where both a GPU and a CUDA compiler are usable, so that CUDA extensions can be built."""
-    if not shutil.which("nvidia-smi") or not shutil.which("nvcc"):
-        return False
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-
-
 def has_gpu():
     """True where the NVIDIA driver lists a GPU."""
     return bool(shutil.which("nvidia-smi")) and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+def has_cuda():
+    """True where there is a GPU and a CUDA compiler, so that CUDA extensions can be built."""
+    return bool(shutil.which("nvcc")) and has_gpu()
+
+
+def imports(code):
+    """Run an import in the environment; return its error text, empty where it works."""
+    done = subprocess.run([str(PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.stderr[-1500:] if done.returncode else ""
 
 
 def stream(command, env=None):
@@ -84,7 +90,7 @@ def stream(command, env=None):
         print()
     if code:
         tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-25:])
-        raise StepFailed(f"`{' '.join(command[:6])} ...` ended with status {code}. Last lines of {LOG.relative_to(ROOT)}:\n{tail}")
+        raise StepFailed(f"`{' '.join(command[:6])} ...` ended with status {code}. Last lines of {LOG}:\n{tail}")
 
 
 def create_environment():
@@ -96,8 +102,8 @@ def create_environment():
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < 6:
         raise StepFailed(f"{free:.1f} GiB are free here; the environment needs about 6 GiB. Free some space and rerun.")
-    if not PYTHON.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    if not HERE and not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(PREFIX)], check=True)
 
 
 def install_torch():
@@ -108,7 +114,7 @@ def build_mmcv():
     if not shutil.which("g++"):
         raise StepFailed("mmcv's operators are compiled and no g++ was found. On Debian or Ubuntu: apt-get install g++ python3-dev.")
     env = {"MMCV_WITH_OPS": "1", "CFLAGS": "-g0", "CXXFLAGS": "-g0", "MAX_JOBS": str(os.cpu_count()),
-           "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+           "PATH": f"{PREFIX / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     if has_cuda():
         env["FORCE_CUDA"] = "1"
     try:
@@ -123,12 +129,16 @@ def build_mmcv():
 def install_sparse_convolution():
     candidates = ["spconv-cu126==2.3.8", "spconv-triton==1.0.0"] if has_gpu() else [pinned("spconv")]
     for candidate in candidates:
+        module = "spconv_triton" if "triton" in candidate else "spconv.pytorch"
         try:
-            return stream(PIP + [candidate])
+            stream(PIP + [candidate])
+            reason = imports(f"import {module}")
         except StepFailed as error:
-            if candidate == candidates[-1]:
-                raise
-            print(f"    {candidate} did not install ({str(error).splitlines()[0]}); trying {candidates[-1]}")
+            reason = str(error)
+        if not reason:
+            return
+        print(f"    {candidate} cannot be used here: {reason.strip().splitlines()[-1]}")
+    raise StepFailed(f"No sparse convolution could be installed; tried {', '.join(candidates)}. See {LOG}.")
 
 
 def install_packages():
@@ -146,13 +156,12 @@ def install_flash_attention():
 
 def install_project():
     stream(PIP + ["--no-deps", "--no-build-isolation", "-e", str(ROOT)])
-    check = "import cv2, torch, mmcv.ops, mmdet3d, cmtaqr; print('torch', torch.__version__)"
-    if subprocess.run([str(PYTHON), "-c", check], cwd=ROOT, capture_output=True).returncode:
+    check = "import cv2, torch, mmcv.ops, mmdet3d, cmtaqr"
+    if imports(check):
         # opencv-python needs libGL; the headless build of the same version does not.
         stream(PIP + ["--no-deps", "--force-reinstall", pinned("opencv-python-headless")])
-    done = subprocess.run([str(PYTHON), "-c", check], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise StepFailed(f"The installed packages do not import:\n{done.stderr[-1500:]}\nDelete .venv and rerun; if it persists, report this.")
+    if error := imports(check):
+        raise StepFailed(f"The installed packages do not import:\n{error}\nDelete {PREFIX} and rerun; if it persists, report this.")
     stream([str(PYTHON), "-m", "ipykernel", "install", "--sys-prefix", "--name", "python3", "--display-name", "python3"])
 
 
@@ -167,6 +176,7 @@ STEPS = [("virtual environment", create_environment, ""),
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--here", action="store_true", help="install into this Python's environment instead of .venv")
     parser.add_argument("--force", action="store_true", help="run every step again")
     options = parser.parse_args()
     files = {"lock": LOCK, "settings": ROOT / "settings.ini", "setup": ROOT / "setup.py"}
@@ -182,7 +192,7 @@ def main():
             sys.exit(f"\nSet-up stopped at step {number} ({name}).\n{error}\nWhat was done is kept: rerun the same command to go on.")
         STAMPS.mkdir(parents=True, exist_ok=True)
         stamp.touch()
-    print(f"environment ready: {VENV.relative_to(ROOT)}", flush=True)
+    print(f"environment ready: {PREFIX}", flush=True)
 
 
 if __name__ == "__main__":

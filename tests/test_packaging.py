@@ -1,0 +1,117 @@
+"""The pinned versions agree everywhere, the wheel holds what it must, and the torch-only part needs torch alone."""
+import re
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+PIN = re.compile(r"^\s*(?:- )?([A-Za-z0-9_.-]+)==([^\s;]+)\s*$", re.M)
+OPTIONAL_STACK = "mmengine mmcv mmdet mmdet3d nuscenes spconv spconv_triton triton fastcore nbdev flash_attn scipy cv2 matplotlib".split()
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(text):
+    return {normal(name): version for name, version in PIN.findall(text)}
+
+
+LOCK = pins((ROOT / "requirements.lock").read_text())
+
+
+def test_every_pin_agrees_with_the_lock():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    settings = "\n".join(" ".join(config["DEFAULT"][key] for key in config["DEFAULT"] if key.endswith("requirements")).split())
+    setup = "\n".join(re.findall(r'"([a-z0-9]+==[\d.]+)"', (ROOT / "setup.py").read_text()))
+    environment = (ROOT / "environment.yml").read_text()
+    found = {"settings.ini": pins(settings), "setup.py": pins(setup), "environment.yml": pins(environment)}
+    for place, named in found.items():
+        assert named, place
+        assert {name: version for name, version in named.items() if LOCK.get(name) != version} == {}, place
+
+
+def test_installed_versions_are_the_tested_ones():
+    installed = {normal(dist.metadata["Name"]): dist.version.split("+")[0] for dist in metadata.distributions()}
+    checked = installed.keys() & LOCK.keys()
+    assert {"torch", "mmcv", "mmdet3d", "mmengine", "nbdev", "nuscenes-devkit"} <= checked
+    assert {name: (installed[name], LOCK[name]) for name in checked if installed[name] != LOCK[name]} == {}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(out)]
+    subprocess.run(command, check=True, cwd=out)
+    return next(out.glob("cmtaqr-*.whl"))
+
+
+def test_wheel_contains_modules_and_configs(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "cmtaqr").rglob("*.py")}
+    assert any(name.startswith("cmtaqr/configs/_base_/") for name in sources)
+    assert sources - names == set()
+    assert {name for name in names if name.startswith("cmtaqr/")} - sources == set()
+
+
+def run_with_torch_alone(code, folder):
+    """Run code where nothing of the optional stack can be imported, against the package in `folder`."""
+    blocker = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {OPTIONAL_STACK!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block()); sys.path.insert(0, {str(folder)!r})
+"""
+    return subprocess.run([sys.executable, "-c", blocker + code], capture_output=True, text=True, cwd=folder)
+
+
+def test_torch_alone_is_enough_for_the_attention_part(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    done = run_with_torch_alone("""
+import cmtaqr, torch
+from cmtaqr import sensitivity, geometry, bias, router
+from cmtaqr.attention import biased_attention
+assert cmtaqr.__file__.startswith(sys.path[0]), cmtaqr.__file__
+layout = geometry.TokenLayout(lidar=(8, 8), camera=None)
+points = torch.tensor([[[0.5, 0.5, 0.0], [-3.5, 3.5, 0.0]]])
+windows = geometry.query_windows(points, None, None, layout, (-4, -4, -1, 4, 4, 1), (1.0, 1.0), 3)
+local = bias.AttentionBiasGenerator(window_size=3)(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), windows)
+q = k = torch.zeros(1, 2, 64, 16); v = torch.eye(64)[None, None, :, :16].expand(1, 2, 64, 16)
+out = biased_attention(q[:, :, :2], k, v, bias=local)
+plain = biased_attention(q[:, :, :2], k, v)
+# Equal scores: the window's nine cells hold 9 e^b / (55 + 9 e^b) of the attention; row 4, column 4 is its centre.
+b = torch.tensor(2.5)
+expected = torch.exp(b) / (55 + 9 * torch.exp(b))
+assert torch.allclose(local.dense()[0, 0].softmax(0)[4 * 8 + 4], expected, atol=1e-6)
+assert torch.allclose(out[0, 0, 1], plain[0, 0, 1], atol=1e-6)
+print('ok')
+""", tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.parametrize("module", ["cmtaqr.detector", "cmtaqr.engine"])
+def test_the_detector_part_names_its_extra(module, tmp_path):
+    done = run_with_torch_alone(f"import {module}", ROOT)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr and 'pip install "cmtaqr[detector]"' in done.stderr
+
+
+def test_installer_says_what_to_do_when_a_pin_is_missing(tmp_path, monkeypatch):
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("install", ROOT / ".ci" / "install.py")
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    with pytest.raises(install.StepFailed, match="no-such-package is not pinned .* add a line"):
+        install.pinned("no-such-package")
+    monkeypatch.setattr(install, "LOG", Path(tmp_path / "log"))
+    with pytest.raises(install.StepFailed, match="ended with status 3"):
+        install.stream([sys.executable, "-c", "print('about to fail'); raise SystemExit(3)"])
