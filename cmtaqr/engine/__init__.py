@@ -1,0 +1,9 @@
+"""Training and evaluation: importing registers the hooks with mmengine."""
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    raise ImportError('cmtaqr.engine needs mmengine: pip install "cmtaqr[detector]"') from error
+
+from cmtaqr.engine.hooks import HistoryHook, ProgressHook, ScaleHook
+
+__all__ = ["HistoryHook", "ProgressHook", "ScaleHook"]
