@@ -1,0 +1,13 @@
+"""CMT with AQR as mmengine-registered modules; importing this package registers all of them."""
+
+try:
+    from mmdet3d.registry import MODELS
+except ImportError as error:
+    raise ImportError('cmtaqr.detector needs mmdet3d and what it builds on: pip install "cmtaqr[detector]"') from error
+
+from cmtaqr.bias import AttentionBiasGenerator
+from cmtaqr.detector import branches, decoder, head  # noqa: F401
+from cmtaqr.router import AQRWeightGenerator
+
+for _module in (AQRWeightGenerator, AttentionBiasGenerator):
+    MODELS.register_module(module=_module, force=True)
