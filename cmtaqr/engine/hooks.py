@@ -31,8 +31,8 @@ def find_scales(model):
     needed = ("bias_scale", "min_scale", "max_scale", "scale")
     return {n: m for n, m in model.named_modules() if all(hasattr(m, a) for a in needed)}
 
-# %% ../../nbs/51_hooks.ipynb #3fe84b15
-@HOOKS.register_module()
+# %% ../../nbs/51_hooks.ipynb #70c4f596
+@HOOKS.register_module(force=True)
 class ScaleHook(Hook):
     """Log `bias_scale` and its gradient, and warn when it comes close to a bound.
 
@@ -148,21 +148,24 @@ def read_history(folder, filename="history.json"):
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/51_hooks.ipynb #4c9c0ab8
+# %% ../../nbs/51_hooks.ipynb #a1004d75
 def _batch_size(batch):
     while isinstance(batch, dict):
         batch = next(iter(batch.values()))
     return len(batch)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class HistoryHook(Hook):
-    """Record the course of a training run in a JSON file of the work folder; `read_history` reads it.
+    """Record the course of a training run in a JSON file of the work folder, and stop it when its loss is not finite.
 
     Args:
         interval: Record every this many iterations.
-        filename: Name of the file in the work folder.
+        filename: Name of the file in the work folder; `read_history` reads it.
         seconds: Write the file at most this often while training.
+
+    Raises:
+        FloatingPointError: A recorded loss is NaN or infinite; the history up to there is written.
     """
 
     priority = "BELOW_NORMAL"
@@ -193,6 +196,11 @@ class HistoryHook(Hook):
             if name in self._PUBLISHED or "bias_scale" in name:
                 record[name] = _finite(scalar.current())
         self.records.append(record)
+        if record.get("loss", 0.0) is None:
+            self._write()
+            terms = ", ".join(n for n, v in record.items() if v is None)
+            raise FloatingPointError(f"iteration {record['iter']}: {terms} not finite. Lower lr, or use precision fp32 or bf16; "
+                                     f"the course up to here is in {self._path}")
         if time.perf_counter() - self._written > self.seconds:
             self._write()
 
@@ -211,8 +219,8 @@ class HistoryHook(Hook):
         """Write the complete history."""
         self._write()
 
-# %% ../../nbs/51_hooks.ipynb #9db0dc74
-@HOOKS.register_module()
+# %% ../../nbs/51_hooks.ipynb #cadbff06
+@HOOKS.register_module(force=True)
 class ProgressHook(Hook):
     """Show the progress of training, validation and test.
 

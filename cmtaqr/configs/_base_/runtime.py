@@ -11,7 +11,6 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2, save_last=True),
 )
 custom_hooks = [
-    dict(type="CheckInvalidLossHook", interval=1),
     dict(type="ScaleHook"),
     dict(type="HistoryHook"),
     dict(type="ProgressHook"),
