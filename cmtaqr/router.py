@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention.reference import window_attention_reference
 from .geometry import Windows, _window_pair
 
-# %% ../nbs/20_router.ipynb #c8b1b455
+# %% ../nbs/20_router.ipynb #301d56c7
 class AQRWeightGenerator(nn.Module):
     """One layer of window attention that gives each query a LiDAR and a camera weight.
 
@@ -47,7 +47,7 @@ class AQRWeightGenerator(nn.Module):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.ffn[0], self.ffn[3]):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.type_embedding, std=0.02)
+        nn.init.normal_(self.type_embedding)
         nn.init.zeros_(self.to_weights.weight)
         nn.init.zeros_(self.to_weights.bias)
 
@@ -73,9 +73,7 @@ class AQRWeightGenerator(nn.Module):
         if memory.shape != memory_pos.shape or memory.shape[1] != layout.num_keys:
             raise ValueError(f'memory and memory_pos must both be [B, K, C] with K = {layout.num_keys} keys of the layout, '
                              f'got {list(memory.shape)} and {list(memory_pos.shape)}')
-        counts = (layout.offsets[layout.num_maps - layout.num_views] if layout.num_views else layout.num_keys,)
-        counts += (layout.num_keys - counts[0],)
-        kind = torch.cat([e.expand(n, -1) for e, n in zip(self.type_embedding, counts)])
+        kind = torch.cat([self.type_embedding[m].expand(rows * cols, -1) for m, (rows, cols) in zip(layout.modality, layout.maps)])
         value = memory + kind
         q, k, v = self.q_proj(query_pos), self.k_proj(value + memory_pos), self.v_proj(value)
         seen = window_attention_reference(self._split(q), self._split(k), self._split(v), windows.resized(self.window_sizes))
