@@ -206,7 +206,7 @@ def project_edges(boxes, matrix, near=0.1):
         result.append(ends[..., :2] / ends[..., 2:])
     return result
 
-# %% ../../nbs/54_figures.ipynb #02a10c1f
+# %% ../../nbs/54_figures.ipynb #d8124bea
 def plot_cameras(frame, threshold=0.3, columns=3):
     """The images with the boxes in them.
 
@@ -217,7 +217,7 @@ def plot_cameras(frame, threshold=0.3, columns=3):
     """
     views, height, width = frame.images.shape[:3]
     rows, keep = -(-views // columns), frame.scores >= threshold
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 5 * columns / columns * rows * height / width + 0.4),
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 5 * rows * height / width + 0.4),
                                 squeeze=False, layout="constrained")
     for axis in axes.flat[views:]:
         axis.remove()
@@ -226,7 +226,7 @@ def plot_cameras(frame, threshold=0.3, columns=3):
         for boxes, color in ((frame.gt_boxes, GT_COLOR), (frame.boxes[keep], FOUND_COLOR)):
             for ends in project_edges(boxes, frame.lidar2img[view]):
                 axis.plot(*ends.transpose(2, 1, 0), color=color, linewidth=0.9)
-        axis.set(xlim=(0, width), ylim=(height, 0), title=f"camera {view}")
+        axis.set(xlim=(0, width), ylim=(height, 0), title=frame.cameras[view] if frame.cameras else f"camera {view}")
         axis.axis("off")
     figure.suptitle("Ground truth (green) and detections (orange)")
     return figure

@@ -122,9 +122,13 @@ def custom_keys(cfg):
     """Keys of `optim_wrapper.paramwise_cfg.custom_keys` of a runner's config, or an empty list."""
     return list(((cfg.get("optim_wrapper") or {}).get("paramwise_cfg") or {}).get("custom_keys") or {})
 
-# %% ../../nbs/51_hooks.ipynb #f97ccdb0
+# %% ../../nbs/51_hooks.ipynb #e214d9db
+def _number(value):
+    return float(value.detach() if hasattr(value, "detach") else value)
+
+
 def _finite(value):
-    value = float(value)
+    value = _number(value)
     return value if math.isfinite(value) else None
 
 
@@ -148,7 +152,7 @@ def read_history(folder, filename="history.json"):
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/51_hooks.ipynb #a1004d75
+# %% ../../nbs/51_hooks.ipynb #b64af4c8
 def _batch_size(batch):
     while isinstance(batch, dict):
         batch = next(iter(batch.values()))
@@ -177,7 +181,7 @@ class HistoryHook(Hook):
     def before_train(self, runner):
         """Start a history, or take up that of the run which is resumed."""
         self._path, self._written = Path(runner.work_dir, self.filename), time.perf_counter()
-        self.records = []
+        self.records, self.began_at = [], runner.iter
         if runner.iter > 0 and self._path.is_file():
             self.records = [r for r in read_history(runner.work_dir, self.filename)["records"] if r["iter"] <= runner.iter]
         self._labels = group_labels(runner.model, runner.optim_wrapper, custom_keys(runner.cfg))
@@ -219,7 +223,7 @@ class HistoryHook(Hook):
         """Write the complete history."""
         self._write()
 
-# %% ../../nbs/51_hooks.ipynb #cadbff06
+# %% ../../nbs/51_hooks.ipynb #2d60d0d5
 @HOOKS.register_module(force=True)
 class ProgressHook(Hook):
     """Show the progress of training, validation and test.
@@ -251,7 +255,7 @@ class ProgressHook(Hook):
         """Show loss and scale."""
         if "train" in self._progress:
             scalars = runner.message_hub.log_scalars
-            details = [f"loss {float(outputs['loss']):.3f}"] if outputs and "loss" in outputs else []
+            details = [f"loss {_number(outputs['loss']):.3f}"] if outputs and "loss" in outputs else []
             if "train/bias_scale" in scalars:
                 details.append(f"scale {scalars['train/bias_scale'].current():.3f}")
             self._progress["train"].update(runner.iter + 1, ", ".join(details))

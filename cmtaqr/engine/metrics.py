@@ -113,7 +113,7 @@ def evaluate(runner, precision="fp32"):
     speed = dict(frames=frames, seconds=round(done["seconds"], 2), frames_per_second=round(frames / done["seconds"], 3))
     return read_evaluation(Path(runner.work_dir, "nuscenes", "pred_instances_3d")), speed
 
-# %% ../../nbs/53_metrics.ipynb #39470bbc
+# %% ../../nbs/53_metrics.ipynb #a5102d48
 @dataclass(frozen=True)
 class Frame:
     """A frame with its detections, in NumPy. Boxes are [n, 7 or 9]: x, y, z of the bottom centre, length, width, height (m), yaw.
@@ -129,6 +129,7 @@ class Frame:
         query_points: [Q, 3] reference points of the queries in metres, or None.
         query_weights: [Q, 2] AQR weights of all queries, or None.
         token: Frame identifier.
+        cameras: Names of the V cameras, where the data set tells them.
     """
 
     points: np.ndarray | None
@@ -144,8 +145,9 @@ class Frame:
     query_points: np.ndarray | None = None
     query_weights: np.ndarray | None = None
     token: str = ""
+    cameras: tuple = ()
 
-# %% ../../nbs/53_metrics.ipynb #f1511844
+# %% ../../nbs/53_metrics.ipynb #3197220b
 def _numpy(value):
     value = getattr(value, "tensor", value)
     return value.detach().float().cpu().numpy() if torch.is_tensor(value) else np.asarray(value)
@@ -197,4 +199,5 @@ def predict_frame(runner, index):
         boxes=_numpy(found.bboxes_3d), labels=_numpy(found.labels_3d).astype(int), scores=_numpy(found.scores_3d),
         classes=tuple(dataset.metainfo["classes"]), box_weights=_numpy(found.aqr_weights) if "aqr_weights" in found else None,
         query_points=_numpy(caught["points"][0]) if caught else None,
-        query_weights=_numpy(caught["weights"][0]) if caught else None, token=str(sample.metainfo.get("sample_idx", index)))
+        query_weights=_numpy(caught["weights"][0]) if caught else None, token=str(sample.metainfo.get("token", index)),
+        cameras=tuple(sample.metainfo.get("cameras", ())))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #fc4e69b4
+# %% ../../nbs/52_runner.ipynb #370dd200
 import copy
 import itertools
 import logging
@@ -20,7 +20,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from .configure import stretched
-from .hooks import custom_keys, group_labels, read_history
+from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
 
 # %% ../../nbs/52_runner.ipynb #743c7b1e
@@ -124,7 +124,7 @@ def model_size(model):
                              trainable=sum(t.numel() for t in tensors if t.requires_grad), MiB=round(size, 2)))
     return rows
 
-# %% ../../nbs/52_runner.ipynb #feb0d24d
+# %% ../../nbs/52_runner.ipynb #78a75299
 def _mean_terms(records):
     names = [n for n in records[0] if "loss" in n] if records else []
     return {n: float(np.mean([r[n] for r in records if r.get(n) is not None] or [np.nan])) for n in names}
@@ -142,11 +142,11 @@ def train(runner):
         `peak_memory_mib` and the newest `checkpoint`.
     """
     begun = time.perf_counter()
-    first = runner.train_loop.iter
     runner.train()
     seconds = time.perf_counter() - begun
     records = read_history(runner.work_dir)["records"]
-    tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > runner.iter - (runner.iter - first))
+    began_at = next(hook.began_at for hook in runner.hooks if isinstance(hook, HistoryHook))
+    tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
     return dict(iterations=runner.iter, epochs=runner.epoch, samples=samples, seconds=round(seconds, 2),
                 samples_per_second=round(samples / seconds, 3), loss_first=_mean_terms(records[:tenth]),
                 loss_last=_mean_terms(records[-tenth:]), bias_scale=records[-1].get("bias_scale") if records else None,

@@ -1,0 +1,166 @@
+"""Runs as a caller sees them: notebooks under papermill, refusals, resume, mixed precision, what is written."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
+papermill = pytest.importorskip("papermill", reason='needs the extra: pip install "cmtaqr[dev]"')
+
+import cmtaqr  # noqa: E402
+import toy_engine  # noqa: E402
+from cmtaqr.engine.configure import run_config  # noqa: E402
+from cmtaqr.engine.hooks import read_history  # noqa: E402
+from cmtaqr.engine.parameters import (EvalParameters, ParameterError, TrainParameters, check_run_notebook,  # noqa: E402
+                                      config_names)
+from cmtaqr.engine.runner import build_runner, train  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = {"train": TrainParameters, "eval": EvalParameters}
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Parameters of a toy run: a config file and a data folder with its annotation file."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.pkl").touch()
+    config = tmp_path / "toy.py"
+    config.write_text(toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_"))
+    return dict(config=str(config), data_root=str(tmp_path / "data"), work_dir=str(tmp_path / "run"), max_iters=6, device="cpu")
+
+
+def run(values, **changes):
+    params = TrainParameters.check(values | changes)
+    runner = build_runner(params, run_config(params))
+    return runner, train(runner)
+
+
+def call_papermill(name, output, *arguments, cwd):
+    """The command as it is typed, from another folder than the repository."""
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output), "--no-progress-bar",
+                           "--log-output", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_run_notebook_declares_the_parameters(name):
+    check_run_notebook(ROOT / "nbs" / f"{name}.ipynb", NOTEBOOKS[name])
+    wanted = "config data_root work_dir epochs max_iters seed enable_aqr preset bias_scale min_scale max_scale learnable_scale " \
+             "window_size device precision resume checkpoint".split()
+    assert set(wanted) <= set(papermill.inspect_notebook(str(ROOT / "nbs" / f"{name}.ipynb")))
+
+
+def test_misspelt_parameter_stops_papermill_before_anything_runs(tmp_path):
+    done = call_papermill("train", "out.ipynb", "-p", "max_iter", "5", cwd=tmp_path)
+    assert done.returncode != 0 and "unknown parameter 'max_iter'; did you mean 'max_iters'" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
+
+
+def test_every_packaged_config_takes_the_parameters(tmp_path):
+    pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
+    for split in ("train", "val"):
+        (tmp_path / f"nuscenes_infos_{split}.pkl").write_bytes(pickle.dumps(dict(metainfo={}, data_list=[])))
+    for name in config_names():
+        params = TrainParameters.check(dict(config=name, data_root=str(tmp_path), enable_aqr=True, preset="aggressive", window_size=[6, 5],
+                                            max_iters=7, batch_size=2, lr=1e-3, num_workers=0, device="cpu"))
+        cfg = run_config(params)
+        bias = cfg.model.pts_bbox_head.aqr.bias
+        assert (bias.preset, list(bias.window_size), cfg.train_dataloader.batch_size) == ("aggressive", [6, 5], 2)
+        assert cfg.train_cfg.max_iters == 7 and cfg.optim_wrapper.optimizer.lr == 1e-3
+        plain = run_config(TrainParameters.check(dict(config=name, data_root=str(tmp_path), enable_aqr=False, device="cpu")))
+        assert plain.model.pts_bbox_head.aqr is None
+        evaluation = run_config(EvalParameters.check(dict(config=name, data_root=str(tmp_path), untrained=True, device="cpu")))
+        assert evaluation.train_dataloader is None and evaluation.test_evaluator.ann_file == str(tmp_path / "nuscenes_infos_val.pkl")
+
+
+def test_without_mmengine_the_engine_names_the_extra(tmp_path):
+    (tmp_path / "mmengine.py").write_text("raise ImportError('not installed')\n")
+    done = subprocess.run([sys.executable, "-c", "import cmtaqr.engine"], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])))
+    assert done.returncode and 'cmtaqr.engine needs mmengine: pip install "cmtaqr[detector]"' in done.stderr
+
+
+# Training
+
+
+def test_train_notebook_from_another_folder(toy, tmp_path):
+    (tmp_path / "out").mkdir()
+    arguments = [a for name in ("config", "max_iters", "device") for a in ("-p", name, str(toy[name]))]
+    done = call_papermill("train", "out/train.ipynb", *arguments, "-p", "data_root", "data", "-p", "preset", "aggressive", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train 6/6 (100 %), loss" in done.stdout + done.stderr, "a terminal shows life"
+    out = tmp_path / "out"
+    result = json.loads((out / "result.json").read_text())
+    assert result["kind"] == "train" and result["parameters"]["preset"] == "aggressive" and result["parameters"]["data_root"] == "data"
+    assert result["training"]["iterations"] == 6 and result["training"]["samples_per_second"] > 0
+    assert result["training"]["peak_memory_mib"]["process"] > 0 and Path(result["training"]["checkpoint"]).is_file()
+    assert "papermill" in " ".join(result["command"]) and result["versions"]["torch"] == torch.__version__
+    assert {"run.json", "history.json", "train.ipynb", "iter_6.pth"} <= {p.name for p in out.iterdir()}
+    notebook = json.loads((out / "train.ipynb").read_text())
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3, "losses, scale, learning rates"
+    printed = "".join(t for o in outputs if o["output_type"] == "stream" for t in o["text"])
+    assert len(printed.splitlines()) < 30, printed
+
+
+def test_resumed_run_equals_uninterrupted_run(toy, tmp_path):
+    values = toy | dict(max_iters=8, batch_size=16)
+    whole, _ = run(values, work_dir=str(tmp_path / "whole"))
+    params = TrainParameters.check(values)
+    stopped = build_runner(params, run_config(params))
+    stopped.train_loop._max_iters = 4
+    stopped.train()
+    resumed, summary = run(values, resume=True)
+    assert summary["iterations"] == 8 and summary["samples"] == 4 * 16
+    first, second = (read_history(tmp_path / name)["records"] for name in ("whole", "run"))
+    assert [r["iter"] for r in second] == list(range(1, 9))
+    assert [r["loss"] for r in second] == pytest.approx([r["loss"] for r in first], rel=1e-5)
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_same_seed_same_run(toy, tmp_path):
+    losses = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(toy, work_dir=str(tmp_path / name), seed=seed, deterministic=True)
+        losses.append([r["loss"] for r in read_history(tmp_path / name)["records"]])
+    torch.use_deterministic_algorithms(False)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
+    Path(toy["config"]).write_text(Path(toy["config"]).read_text() + "model.update(fail_at=3)\n")
+    with pytest.raises(FloatingPointError, match="iteration 3: .*loss_fit.* not finite. Lower lr"):
+        run(toy)
+    assert read_history(tmp_path / "run")["records"][-1]["loss"] is None
+
+
+def test_missing_things_name_the_remedy(toy, tmp_path):
+    for changes, error, message in [
+        (dict(data_root=str(tmp_path / "no")), FileNotFoundError, r"no data folder .*no: .*python -m cmtaqr.data.world"),
+        (dict(data_root=str(tmp_path)), FileNotFoundError, r"train.pkl: make it with `python -m cmtaqr.data.nuscenes"),
+        (dict(checkpoint=str(tmp_path / "no.pth")), FileNotFoundError, r"no checkpoint .*no.pth"),
+        (dict(resume=True), FileNotFoundError, r"no checkpoint in .*: train there first"),
+        (dict(device="cuda:99"), ParameterError, r"sees \d+ GPU"),
+        (dict(precision="fp16"), ParameterError, r"precision='fp16' needs a GPU"),
+        (dict(bias_scale=7.0), ParameterError, r"bias_scale"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(toy, **changes)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_a_gpu(toy, tmp_path, cuda, precision):
+    _, summary = run(toy, device="cuda", precision=precision, max_iters=30)
+    assert summary["loss_last"]["loss"] < summary["loss_first"]["loss"]
+    gradients = [r["bias_scale_grad"] for r in read_history(tmp_path / "run")["records"] if r["bias_scale_grad"] is not None]
+    assert gradients and max(map(abs, gradients)) < 100, "the loss scale of fp16 is divided out"
