@@ -1,0 +1,179 @@
+"""Attention with a local bias against a literal loop and float64; the router against the definition; both on the GPU where there is one."""
+import math
+
+import pytest
+import torch
+
+from cmtaqr.attention import attention_reference, biased_attention, window_attention_reference
+from cmtaqr.bias import AttentionBiasGenerator, LocalBias
+from cmtaqr.geometry import TokenLayout
+from cmtaqr.router import AQRWeightGenerator
+
+from test_geometry import random_windows
+
+LAYOUT = TokenLayout(lidar=(6, 5), camera=(3, 4, 5))
+KINDS = {"none": None, "local": {}, "gaussian": dict(sigma=(2.5, 1.0)), "global": dict(is_global=True)}
+
+
+def inputs(queries=7, batch=2, heads=2, dim=4, dtype=torch.float64, device="cpu"):
+    g = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(batch, heads, n, dim, generator=g, dtype=torch.float64) for n in (queries, LAYOUT.num_keys, LAYOUT.num_keys)]
+    tensors.append(3 * torch.randn(batch, queries, 2, generator=g, dtype=torch.float64))
+    return [t.to(device, dtype).requires_grad_() for t in tensors]
+
+
+def loop_attention(q, k, v, bias, mask):
+    """One query and head at a time, in Python."""
+    out = torch.zeros_like(q)
+    dense = None if bias is None else bias.dense()
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                allowed = [j for j in range(k.shape[2]) if mask is None or not mask[b, i, j]]
+                scores = [float(q[b, h, i] @ k[b, h, j]) / math.sqrt(q.shape[3]) + (0.0 if dense is None else float(dense[b, i, j])) for j in allowed]
+                total = sum(math.exp(s) for s in scores)
+                for s, j in zip(scores, allowed):
+                    out[b, h, i] += math.exp(s) / total * v[b, h, j]
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_attention_is_the_definition(kind, masked, backend):
+    q, k, v, value = inputs()
+    windows = random_windows(LAYOUT, 2, 7, [4, 3])
+    bias = None if KINDS[kind] is None else LocalBias(windows, value, **KINDS[kind])
+    mask = torch.rand(2, 7, LAYOUT.num_keys, generator=torch.Generator().manual_seed(2)) < 0.4 if masked else None
+    if masked:
+        mask[1, 3] = True
+    with torch.no_grad():
+        expected = loop_attention(q, k, v, bias, mask)
+    torch.testing.assert_close(biased_attention(q, k, v, bias, mask, backend=backend), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind):
+    """Of queries, keys, values and the bias values, across chunks; and through weights and scale."""
+    q, k, v, value = inputs(queries=3, batch=1, heads=1, dim=2)
+    windows = random_windows(LAYOUT, 1, 3, [4, 3])
+
+    def attend(q, k, v, value):
+        bias = None if KINDS[kind] is None else LocalBias(windows, value, **KINDS[kind])
+        return attention_reference(q, k, v, bias, chunk_size=2)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, value) if KINDS[kind] is not None else (q, k, v, value.detach()))
+
+
+def test_gradient_of_weights_and_scale_through_attention():
+    q, k, v, _ = inputs(queries=4, batch=1, heads=1, dim=2)
+    windows = random_windows(LAYOUT, 1, 4, [4, 3])
+    generator = AttentionBiasGenerator(window_size=[4, 3]).double()
+    weights = torch.tensor([[[0.5, -0.3], [-0.9, 0.1], [0.0, 0.7], [0.2, 0.2]]], dtype=torch.float64, requires_grad=True)
+
+    def attend(weights, scale):
+        bias = torch.func.functional_call(generator, {"bias_scale": scale}, (weights, windows))
+        return attention_reference(q.detach(), k.detach(), v.detach(), bias, chunk_size=3)
+
+    assert torch.autograd.gradcheck(attend, (weights, torch.tensor(2.5, dtype=torch.float64, requires_grad=True)))
+
+
+def test_zero_bias_changes_nothing():
+    q, k, v, value = inputs(dtype=torch.float32)
+    bias = LocalBias(random_windows(LAYOUT, 2, 7, 3), torch.zeros(2, 7, 2))
+    assert torch.equal(attention_reference(q, k, v, bias), attention_reference(q, k, v))
+
+
+def test_window_attention_is_masked_attention():
+    q, k, v, _ = inputs()
+    windows = random_windows(LAYOUT, 2, 7, [4, 3])
+    windows.seen[0, 2] = False
+    expected = attention_reference(q, k, v, attn_mask=~windows.mask())
+    got = window_attention_reference(q, k, v, windows, chunk_size=3)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.count_nonzero(got[0, :, 2]) == 0
+    for a, b in zip(torch.autograd.grad(got.cos().sum(), (q, k, v)), torch.autograd.grad(expected.cos().sum(), (q, k, v))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_is_repeated_in_the_backward_pass():
+    """The output is linear in v with the dropped probabilities as factors: its gradient must use the same draw."""
+    q, k, v, value = inputs()
+    torch.manual_seed(3)
+    out = attention_reference(q.detach(), k.detach(), v, LocalBias(random_windows(LAYOUT, 2, 7, 3), value.detach()), dropout_p=0.5, chunk_size=2)
+    grad, = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close((grad * v).sum(), out.sum())
+    assert not torch.allclose(out, attention_reference(q, k, v))
+
+
+def test_router_weights_start_at_zero_and_are_defined_without_windows():
+    torch.manual_seed(0)
+    router = AQRWeightGenerator(32, 4, 64, window_sizes=[4, 3])
+    windows = random_windows(LAYOUT, 2, 7, 1)
+    windows.seen[0, 2] = False
+    tokens = torch.randn(2, 7, 32), torch.randn(2, LAYOUT.num_keys, 32), torch.randn(2, LAYOUT.num_keys, 32)
+    assert torch.count_nonzero(router(*tokens, windows)) == 0
+    torch.nn.init.normal_(router.to_weights.weight)
+    weights = router(*tokens, windows)
+    assert weights.isfinite().all() and weights.abs().max() <= 1 and weights[0, 2].abs().max() > 0
+    weights.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in router.parameters())
+
+
+def test_large_memory_stays_small(monkeypatch):
+    """No operation of the router makes a tensor of the size queries x keys."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layout, queries = TokenLayout((96, 96), (6, 20, 50)), 400
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest[0] = max(largest[0], t.numel())
+            return out
+
+    router = AQRWeightGenerator(16, 4, 32, window_sizes=[8, 5])
+    windows = random_windows(layout, 1, queries, 1)
+    windows.seen[..., 1:] &= windows.seen[..., 1:].cumsum(-1) <= 2
+    tokens = torch.randn(1, queries, 16), torch.randn(1, layout.num_keys, 16), torch.randn(1, layout.num_keys, 16)
+    with Watch():
+        router(*tokens, windows).sum().backward()
+    assert largest[0] < 0.2 * queries * layout.num_keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_agrees_with_float64(cuda, dtype):
+    """Attention, router and bias on the GPU, under autocast too; geometry without copying anything back."""
+    q, k, v, value = inputs(dtype=dtype, device=cuda)
+    exact = [t.detach().double().cpu().requires_grad_() for t in (q, k, v, value)]
+    windows, windows_gpu = (random_windows(LAYOUT, 2, 7, [4, 3], device=d) for d in ("cpu", cuda))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    expected = attention_reference(*exact[:3], LocalBias(windows, exact[3]))
+    gradient = torch.autograd.grad(expected.square().sum(), exact)
+    for backend in ("reference", "sdpa"):
+        out = biased_attention(q, k, v, LocalBias(windows_gpu, value.float()), backend=backend)
+        torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+        for a, b in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v, value)), gradient):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=5 * tolerance, atol=5 * tolerance * max(1.0, float(b.abs().max())))
+
+    router = AQRWeightGenerator(32, 4, 64, window_sizes=[4, 3]).eval()
+    torch.nn.init.normal_(router.to_weights.weight, std=0.3)
+    tokens = torch.randn(2, 7, 32), torch.randn(2, LAYOUT.num_keys, 32), torch.randn(2, LAYOUT.num_keys, 32)
+    expected = router(*tokens, windows)
+    router.to(cuda)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        weights = router(*(t.to(cuda) for t in tokens), windows_gpu)
+        bias = AttentionBiasGenerator().to(cuda)(weights, windows_gpu)
+    assert weights.dtype == bias.value.dtype == torch.float32
+    torch.testing.assert_close(weights.cpu(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 5e-2)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        windows_gpu.keys()
+        windows_gpu.bounds()
+        bias.dense(slice(0, 4))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
