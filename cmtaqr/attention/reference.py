@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..bias import LocalBias
 from ..geometry import Windows
 
-# %% ../../nbs/10_reference.ipynb #eda2f6fd
+# %% ../../nbs/10_reference.ipynb #e68bdc8e
 def _check_heads(q, k, v):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError('attention needs q [B, H, Q, D] and k, v [B, H, K, D], '
@@ -77,7 +77,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         with torch.autocast(q.device.type, enabled=False):
             scores = (q[:, :, chunk].to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
             if bias is not None:
-                scores = scores + LocalBias(bias.windows, value, bias.sigma, bias.is_global).dense(chunk)[:, None]
+                scores += LocalBias(bias.windows, value, bias.sigma, bias.is_global).dense(chunk)[:, None]
             if attn_mask is None:
                 weights = scores.softmax(-1)
             else:
