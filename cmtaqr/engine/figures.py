@@ -43,7 +43,7 @@ def plot_losses(history):
     axis.legend(ncols=2, fontsize="small")
     return figure
 
-# %% ../../nbs/54_figures.ipynb #5b159369
+# %% ../../nbs/54_figures.ipynb #7e2f8c0c
 def plot_scale(history, upper=0.9, lower=1.1):
     """`bias_scale` with its bounds and warning zones, and its gradient below; None for a run without AQR.
 
@@ -69,7 +69,7 @@ def plot_scale(history, upper=0.9, lower=1.1):
     top.set(ylabel="scale (logits)", title="Scale of the attention bias, its bounds and warning zones")
     bottom.set(xlabel="iteration", ylabel="gradient")
     top.margins(y=0.1)
-    top.legend(loc="best")
+    top.legend(loc="center right")
     return figure
 
 # %% ../../nbs/54_figures.ipynb #c95ae55f
@@ -206,9 +206,9 @@ def project_edges(boxes, matrix, near=0.1):
         result.append(ends[..., :2] / ends[..., 2:])
     return result
 
-# %% ../../nbs/54_figures.ipynb #d8124bea
+# %% ../../nbs/54_figures.ipynb #a26de2be
 def plot_cameras(frame, threshold=0.3, columns=3):
-    """The images with the boxes in them.
+    """The images with the boxes in them; front above back and left to right, where the cameras' names say so.
 
     Args:
         frame: `Frame` with images.
@@ -221,17 +221,19 @@ def plot_cameras(frame, threshold=0.3, columns=3):
                                 squeeze=False, layout="constrained")
     for axis in axes.flat[views:]:
         axis.remove()
-    for view, axis in zip(range(views), axes.flat):
+    names = frame.cameras or [f"camera {view}" for view in range(views)]
+    order = sorted(range(views), key=lambda v: ("BACK" in names[v], "LEFT" not in names[v], "RIGHT" in names[v]))
+    for view, axis in zip(order, axes.flat):
         axis.imshow(frame.images[view])
         for boxes, color in ((frame.gt_boxes, GT_COLOR), (frame.boxes[keep], FOUND_COLOR)):
             for ends in project_edges(boxes, frame.lidar2img[view]):
                 axis.plot(*ends.transpose(2, 1, 0), color=color, linewidth=0.9)
-        axis.set(xlim=(0, width), ylim=(height, 0), title=frame.cameras[view] if frame.cameras else f"camera {view}")
+        axis.set(xlim=(0, width), ylim=(height, 0), title=names[view])
         axis.axis("off")
     figure.suptitle("Ground truth (green) and detections (orange)")
     return figure
 
-# %% ../../nbs/54_figures.ipynb #7bece433
+# %% ../../nbs/54_figures.ipynb #5e54187b
 def plot_query_weights(frame, limit=None):
     """LiDAR and camera weight of each query in bird's-eye view, and the histogram of both; None for a model without AQR.
 
@@ -254,6 +256,6 @@ def plot_query_weights(frame, limit=None):
     bins = np.linspace(-1, 1, 41)
     for name, weight in zip(("LiDAR", "camera"), frame.query_weights.T):
         sns.histplot(x=weight, bins=bins, ax=axes[2], label=f"{name}: mean {weight.mean():+.3f}", alpha=0.5)
-    axes[2].set(xlabel="weight", ylabel="queries", xlim=(-1, 1), title="Distribution of the weights")
+    axes[2].set(xlabel="weight", ylabel="queries", xlim=(-1, 1), xticks=np.linspace(-1, 1, 5), title="Distribution of the weights")
     axes[2].legend()
     return figure

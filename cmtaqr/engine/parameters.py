@@ -169,7 +169,7 @@ class RunParameters:
         """Plain dictionary, in the order of declaration."""
         return asdict(self)
 
-# %% ../../nbs/50_parameters.ipynb #0e74ddb4
+# %% ../../nbs/50_parameters.ipynb #050520ab
 @dataclass(frozen=True)
 class TrainParameters(RunParameters):
     """Parameters of `nbs/train.ipynb`."""
@@ -185,9 +185,9 @@ class EvalParameters(RunParameters):
 
     def _check_together(self):
         super()._check_together()
-        if self.untrained and self.checkpoint is not None:
+        if self.untrained and self.checkpoint:
             raise ParameterError(f"untrained=True, but checkpoint={self.checkpoint!r} is given: leave one of them out")
-        if not self.untrained and self.checkpoint is None:
+        if not self.untrained and not self.checkpoint:
             raise ParameterError("checkpoint is missing: give a .pth file or the work_dir of a training run, "
                                  "or untrained=True to evaluate the model as it is initialised")
 
