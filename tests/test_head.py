@@ -17,7 +17,8 @@ from cmtaqr.detector.branches import GroupLayerNorm1d, SeparateTaskHead, decode_
 from cmtaqr.detector.losses import encode_boxes  # noqa: E402
 
 BRANCHES = ("center", "height", "dim", "rot", "vel", "cls_logits")
-AQR = dict(router=dict(type="AQRWeightGenerator", window_sizes=[4, 5]), bias=dict(type="AttentionBiasGenerator", window_size=[3, 5]))
+AQR = dict(router=dict(type="AQRWeightGenerator", window_sizes=[4, 5]),
+           bias=dict(type="AttentionBiasGenerator", window_size=[3, 5]))
 
 
 def build_head(config, backend="auto", **changes):
@@ -28,7 +29,8 @@ def build_head(config, backend="auto", **changes):
         type="CmtHead", in_channels=config["in_channels"], hidden_dim=config["hidden_dim"], num_query=config["num_query"],
         depth_num=config["depth_num"], point_cloud_range=config["pc_range"], voxel_size=[108 / 128, 108 / 128, 0.2],
         grid_size=config["grid_size"], out_size_factor=config["downsample_scale"], max_num=config["max_num"],
-        head_channels=config["head_conv"], post_center_range=config["post_center_range"], tasks=[dict(class_names=config["classes"])],
+        head_channels=config["head_conv"], post_center_range=config["post_center_range"],
+        tasks=[dict(class_names=config["classes"])],
         transformer=dict(type="CmtTransformer", decoder=dict(num_layers=config["num_decoder_layers"], layer=layer)))
     return MODELS.build({**settings, **changes})
 

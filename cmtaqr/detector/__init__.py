@@ -5,9 +5,12 @@ try:
 except ImportError as error:
     raise ImportError('cmtaqr.detector needs mmdet3d and what it builds on: pip install "cmtaqr[detector]"') from error
 
+from cmtaqr.detector import sparse  # before mmdet3d's own modules, which take the sparse library that they find
+
+# isort: split
 from cmtaqr.bias import AttentionBiasGenerator
-from cmtaqr.detector import branches, decoder, head  # noqa: F401
+from cmtaqr.detector import branches, decoder, detector, head, image  # noqa: F401
 from cmtaqr.router import AQRWeightGenerator
 
-for _module in (AQRWeightGenerator, AttentionBiasGenerator):
+for _module in (AQRWeightGenerator, AttentionBiasGenerator, sparse.LidarVoxelizer):
     MODELS.register_module(module=_module, force=True)
