@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['TP_ERRORS', 'Evaluation', 'read_evaluation', 'evaluate', 'Frame', 'predict_frame']
 
-# %% ../../nbs/53_metrics.ipynb #36043201
+# %% ../../nbs/53_metrics.ipynb #e12cb5ec
 import contextlib
 import io
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import mmengine
 import numpy as np
 import pandas as pd
 import torch
@@ -74,7 +76,7 @@ def _curves(details):
         parts.append(curve.assign(**{"class": name, "distance": float(distance)}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/53_metrics.ipynb #9b66f8c8
+# %% ../../nbs/53_metrics.ipynb #fc85d141
 def evaluate(runner, precision="fp32"):
     """Run the official evaluation on the test dataloader of a runner.
 
@@ -98,7 +100,9 @@ def evaluate(runner, precision="fp32"):
 
     def quiet(*args, **kwargs):
         done["seconds"] = time.perf_counter() - begun
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        # mmengine's bar was bound to the real stdout when mmengine was imported, so redirecting does not reach it.
+        bar = mock.patch.object(mmengine, "track_iter_progress", iter)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), bar:
             return metric(*args, **kwargs)
 
     loop.evaluator.evaluate = quiet

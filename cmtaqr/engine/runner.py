@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #370dd200
+# %% ../../nbs/52_runner.ipynb #6ee88554
 import copy
 import itertools
 import logging
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
@@ -23,17 +22,7 @@ from .configure import stretched
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
 
-# %% ../../nbs/52_runner.ipynb #743c7b1e
-def _buffer_method(owner, name):
-    """`getattr` as far as mmengine's log history needs it."""
-    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
-        return getattr(owner, name)
-    raise ValueError(f"checkpoint refers to {owner!r}.{name}, which mmengine's own checkpoints do not: not loaded")
-
-
-_multiarray = np.core.multiarray if np.__version__ < "2" else np._core.multiarray
-_SAFE = [HistoryBuffer, (_buffer_method, "builtins.getattr"), np.ndarray, np.dtype, _multiarray._reconstruct, _multiarray.scalar]
-_SAFE += [type(np.dtype(t)) for t in ("f8", "f4", "i8", "i4", "?")]
+# %% ../../nbs/52_runner.ipynb #1b55297f
 _runs = itertools.count()
 
 
@@ -56,12 +45,12 @@ class FileLogRunner(Runner):
 
     def load_or_resume(self):
         """Resume a run, or take the weights of a checkpoint after checking that they are this model's."""
+        from cmtaqr.detector.checkpoint import load_checkpoint, safe_globals
         if self._load_from and not self._resume and not self._has_loaded:
-            from cmtaqr.detector.checkpoint import load_checkpoint
             load_checkpoint(self.model, self._load_from)
             self._has_loaded = True
             return
-        with torch.serialization.safe_globals(_SAFE):
+        with safe_globals():
             super().load_or_resume()
 
 # %% ../../nbs/52_runner.ipynb #282004e4
