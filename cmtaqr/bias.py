@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .geometry import Windows, _window_pair
 
-# %% ../nbs/02_bias.ipynb #1066c1bc
+# %% ../nbs/02_bias.ipynb #6f8bc2ff
 @dataclass(frozen=True)
 class LocalBias:
     """Additive attention bias, the same for all heads, held as two values per query and a window per map.
@@ -36,13 +36,14 @@ class LocalBias:
     def __post_init__(self):
         batch, queries = self.windows.seen.shape[:2]
         if self.value.shape != (batch, queries, 2):
-            raise ValueError(f'bias values must be [B, Q, 2] = {[batch, queries, 2]} (LiDAR, camera) for these windows, got {list(self.value.shape)}')
+            raise ValueError(f'bias values must be [B, Q, 2] = {[batch, queries, 2]} (LiDAR, camera) for these windows, '
+                             f'got {list(self.value.shape)}')
 
     def dense(self, queries: slice = slice(None)) -> Tensor:
-        """The bias of some queries as a matrix [B, q, K]: for teaching, tests, and attention that works through the queries in chunks."""
+        """The bias of some queries as a matrix [B, q, K]: for teaching, tests, and attention in chunks of queries."""
         windows, value, parts = self.windows.select(queries), self.value[:, queries], []
         bounds = windows.bounds()
-        for start, stop, _, rows, cols in windows._groups():
+        for start, stop, _, rows, cols in windows.groups():
             modality = windows.layout.modality[start]
             bias = value[:, :, modality, None, None, None]
             if self.is_global:
@@ -80,7 +81,7 @@ def inward_clamp(value: Tensor, low: float, high: float) -> Tensor:
     """Clamp to [low, high] with a gradient that is stopped only where a descent step would lead (further) out of the bounds."""
     return _InwardClamp.apply(value, low, high)
 
-# %% ../nbs/02_bias.ipynb #42d4ba5c
+# %% ../nbs/02_bias.ipynb #39054073
 PRESETS = {
     'conservative': dict(bias_scale=2.5, min_scale=0.5, max_scale=5.0),
     'aggressive': dict(bias_scale=3.5, min_scale=1.0, max_scale=8.0),
@@ -112,11 +113,11 @@ class AttentionBiasGenerator(nn.Module):
         gaussian_sigma: width of that Gaussian, cells; one number or [camera, lidar].
 
     Raises:
-        ValueError: unknown preset or mode, bounds that are reversed or not positive, a start outside its bounds, a window below 1.
+        ValueError: unknown preset or mode, bounds reversed or not positive, a start outside its bounds, a window below 1.
     """
 
-    def __init__(self, window_size=8, preset='conservative', bias_scale=None, min_scale=None, max_scale=None, learnable_scale=True,
-                 scale_mode='inward', use_local_bias=True, use_gaussian_window=False, gaussian_sigma=1.0):
+    def __init__(self, window_size=8, preset='conservative', bias_scale=None, min_scale=None, max_scale=None,
+                 learnable_scale=True, scale_mode='inward', use_local_bias=True, use_gaussian_window=False, gaussian_sigma=1.0):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f'preset={preset!r}: choose one of {", ".join(PRESETS)}')
@@ -125,8 +126,8 @@ class AttentionBiasGenerator(nn.Module):
         given = dict(bias_scale=bias_scale, min_scale=min_scale, max_scale=max_scale)
         start, low, high = (PRESETS[preset][name] if value is None else float(value) for name, value in given.items())
         if not 0 < low <= start <= high < math.inf:
-            raise ValueError(f'the scale needs 0 < min_scale <= bias_scale <= max_scale, got {low} <= {start} <= {high} (preset {preset!r} '
-                             'where not given): set the three together')
+            raise ValueError(f'the scale needs 0 < min_scale <= bias_scale <= max_scale, got {low} <= {start} <= {high} '
+                             f'(preset {preset!r} where not given): set the three together')
         self.window_sizes = _window_pair(window_size)
         self.min_scale, self.max_scale = low, high
         self.limit = min(BIAS_LIMIT, high)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_geometry.ipynb #21a30cd7
+# %% ../nbs/01_geometry.ipynb #1875b3a5
 @dataclass(frozen=True)
 class TokenLayout:
     """Sizes of the feature maps whose cells are the keys, in key order: BEV first, then the cameras.
@@ -33,7 +33,7 @@ class TokenLayout:
                 continue
             size = tuple(size)
             if len(size) != length or any(int(n) != n or n < 1 for n in size):
-                raise ValueError(f'TokenLayout {name}={size}: expected {length} positive integers, or None for a sensor that is absent')
+                raise ValueError(f'TokenLayout {name}={size}: expected {length} positive integers, or None without that sensor')
             object.__setattr__(self, name, tuple(int(n) for n in size))
         if self.lidar is None and self.camera is None:
             raise ValueError('TokenLayout without any map: give lidar=(rows, cols), camera=(views, rows, cols) or both')
@@ -56,11 +56,8 @@ class TokenLayout:
     @property
     def offsets(self) -> tuple:
         """Index of every map's first key."""
-        starts, total = [], 0
-        for rows, cols in self.maps:
-            starts.append(total)
-            total += rows * cols
-        return tuple(starts)
+        sizes = [rows * cols for rows, cols in self.maps]
+        return tuple(sum(sizes[:m]) for m in range(len(sizes)))
 
     @property
     def num_maps(self) -> int:
@@ -72,12 +69,12 @@ class TokenLayout:
         """Number of keys of all maps together."""
         return sum(rows * cols for rows, cols in self.maps)
 
-# %% ../nbs/01_geometry.ipynb #c55aa6f0
+# %% ../nbs/01_geometry.ipynb #c47d6568
 def _check_points(points, lidar2img=None):
     if points.dim() != 3 or points.shape[-1] != 3:
         raise ValueError(f'points must be [B, Q, 3] (metres), got {list(points.shape)}')
-    if lidar2img is not None and (lidar2img.dim() != 4 or lidar2img.shape[-2:] != (4, 4) or lidar2img.shape[0] != points.shape[0]):
-        raise ValueError(f'lidar2img must be [B, V, 4, 4] with B = {points.shape[0]} as in points, got {list(lidar2img.shape)}')
+    if lidar2img is not None and (lidar2img.dim() != 4 or (len(points), 4, 4) != (len(lidar2img), *lidar2img.shape[2:])):
+        raise ValueError(f'lidar2img must be [B, V, 4, 4] with B = {len(points)} as in points, got {list(lidar2img.shape)}')
 
 
 def project_points(points: Tensor, lidar2img: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +85,8 @@ def project_points(points: Tensor, lidar2img: Tensor) -> tuple[Tensor, Tensor]:
         lidar2img: [B, V, 4, 4], the matrices after all augmentation; float64 is used as it is.
 
     Returns:
-        pixels [B, V, Q, 2] as (u, v) = (column, row), and depth [B, V, Q] in metres. Where depth <= 0 the point is behind the camera
-        and its pixel means nothing.
+        pixels [B, V, Q, 2] as (u, v) = (column, row), and depth [B, V, Q] in metres. Where depth <= 0 the point is behind the
+        camera and its pixel means nothing.
 
     Raises:
         ValueError: a shape is wrong.
@@ -103,7 +100,7 @@ def project_points(points: Tensor, lidar2img: Tensor) -> tuple[Tensor, Tensor]:
     divisor = torch.where(depth > 0, depth + 1e-6, depth - 1e-6)
     return homogeneous[..., :2] / divisor[..., None], depth
 
-# %% ../nbs/01_geometry.ipynb #2e35a90e
+# %% ../nbs/01_geometry.ipynb #862bb9ea
 def _to_cells(coordinates, shape):
     """Floor (row, col) coordinates [..., 2]; cells off the map become (0, 0) and are reported as not inside (NaN too)."""
     cells = coordinates.floor()
@@ -128,7 +125,8 @@ def bev_cells(points: Tensor, point_cloud_range, cell_size, shape) -> tuple[Tens
     """
     _check_points(points)
     if len(point_cloud_range) != 6 or len(cell_size) != 2 or min(cell_size) <= 0:
-        raise ValueError(f'point_cloud_range must hold 6 numbers and cell_size 2 positive ones (metres), got {point_cloud_range} and {cell_size}')
+        raise ValueError('point_cloud_range must hold 6 numbers and cell_size 2 positive ones (metres), '
+                         f'got {point_cloud_range} and {cell_size}')
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     col = (points[..., 0] - point_cloud_range[0]) / cell_size[0]
     row = (points[..., 1] - point_cloud_range[1]) / cell_size[1]
@@ -165,7 +163,7 @@ def camera_cells(points: Tensor, lidar2img: Tensor, image_size, shape, views: st
         seen = seen & (seen.cumsum(1) == 1)
     return torch.where(seen[..., None], cells, 0), seen
 
-# %% ../nbs/01_geometry.ipynb #f9d90a09
+# %% ../nbs/01_geometry.ipynb #a6544f3c
 def _window_pair(window_sizes):
     """[camera, lidar] from one integer or two."""
     sizes = [window_sizes] * 2 if isinstance(window_sizes, int) else list(window_sizes)
@@ -202,7 +200,7 @@ class Windows:
         if self.cells.dim() != 4 or self.cells.shape[2:] != (maps, 2) or self.seen.shape != self.cells.shape[:3]:
             raise ValueError(f'windows on {maps} maps need cells [B, Q, {maps}, 2] and seen [B, Q, {maps}], '
                              f'got {list(self.cells.shape)} and {list(self.seen.shape)}')
-        if len(self.sizes) != maps or min(self.sizes) < 1 or len(set(self.sizes[-self.layout.num_views:])) > 1 and self.layout.camera:
+        if len(self.sizes) != maps or min(self.sizes) < 1 or len(set(self.sizes[maps - self.layout.num_views:])) > 1:
             raise ValueError(f'window sizes {self.sizes}: expected {maps} positive integers, the same for all cameras')
 
     def resized(self, window_sizes) -> 'Windows':
@@ -213,15 +211,15 @@ class Windows:
         """The windows of some queries."""
         return replace(self, cells=self.cells[:, queries], seen=self.seen[:, queries])
 
-    def _groups(self):
-        """(first map, last map + 1, window size, rows, cols) of LiDAR and cameras: plain numbers, so that nothing is copied to the device."""
+    def groups(self) -> list:
+        """(first map, last map + 1, window size, rows, cols) of LiDAR and of all cameras, as plain numbers."""
         first = self.layout.num_maps - self.layout.num_views
         return [(a, b, self.sizes[a], *self.layout.maps[a]) for a, b in ((0, first), (first, self.layout.num_maps)) if a < b]
 
     def bounds(self) -> Tensor:
         """Clipped half-open intervals [B, Q, M, 4] as (row0, row1, col0, col1); all zero where not seen."""
         boxes = []
-        for start, stop, size, rows, cols in self._groups():
+        for start, stop, size, rows, cols in self.groups():
             row, col = self.cells[:, :, start:stop].unbind(-1)
             boxes.append(torch.stack([(row - (size - 1) // 2).clamp(min=0), (row + size // 2 + 1).clamp(max=rows),
                                       (col - (size - 1) // 2).clamp(min=0), (col + size // 2 + 1).clamp(max=cols)], -1))
@@ -236,21 +234,22 @@ class Windows:
         """Padded list of each query's keys; its length W grows with the windows, not with the maps.
 
         Args:
-            max_views: list this many views per query, those that see it first. None lists all and needs no read-back; `max_views()` is
-                the smallest number that loses nothing.
+            max_views: views listed per query, seeing ones first. None lists all and needs no read-back; `max_views()` is the
+                smallest number that loses nothing.
 
         Returns:
             index [B, Q, W] long (0 where invalid), and valid [B, Q, W] bool.
         """
         bounds, index, valid = self.bounds(), [], []
-        for start, stop, size, rows, cols in self._groups():
+        for start, stop, size, rows, cols in self.groups():
             count = stop - start if self.layout.modality[start] == 0 or max_views is None else max_views
             order = (~self.seen[:, :, start:stop]).byte().argsort(dim=-1, stable=True)[..., :count]
             box = bounds[:, :, start:stop].gather(2, order[..., None].expand(*order.shape, 4))
             row = box[..., 0:1] + torch.arange(min(size, rows), device=box.device)
             col = box[..., 2:3] + torch.arange(min(size, cols), device=box.device)
             ok = (row < box[..., 1:2])[..., :, None] & (col < box[..., 3:4])[..., None, :]
-            key = (self.layout.offsets[start] + order * (rows * cols))[..., None, None] + row[..., :, None] * cols + col[..., None, :]
+            offset = self.layout.offsets[start] + order * (rows * cols)
+            key = offset[..., None, None] + row[..., :, None] * cols + col[..., None, :]
             index.append(torch.where(ok, key, 0).flatten(2))
             valid.append(ok.flatten(2))
         return torch.cat(index, -1), torch.cat(valid, -1)

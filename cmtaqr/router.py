@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention.reference import window_attention_reference
 from .geometry import Windows, _window_pair
 
-# %% ../nbs/20_router.ipynb #301d56c7
+# %% ../nbs/20_router.ipynb #cf6af082
 class AQRWeightGenerator(nn.Module):
     """One layer of window attention that gives each query a LiDAR and a camera weight.
 
@@ -73,7 +73,8 @@ class AQRWeightGenerator(nn.Module):
         if memory.shape != memory_pos.shape or memory.shape[1] != layout.num_keys:
             raise ValueError(f'memory and memory_pos must both be [B, K, C] with K = {layout.num_keys} keys of the layout, '
                              f'got {list(memory.shape)} and {list(memory_pos.shape)}')
-        kind = torch.cat([self.type_embedding[m].expand(rows * cols, -1) for m, (rows, cols) in zip(layout.modality, layout.maps)])
+        sizes = (rows * cols for rows, cols in layout.maps)
+        kind = torch.cat([self.type_embedding[m].expand(size, -1) for m, size in zip(layout.modality, sizes)])
         value = memory + kind
         q, k, v = self.q_proj(query_pos), self.k_proj(value + memory_pos), self.v_proj(value)
         seen = window_attention_reference(self._split(q), self._split(k), self._split(v), windows.resized(self.window_sizes))

@@ -1,4 +1,4 @@
-"""Attention with a local bias against a literal loop and float64; the router against the definition; both on the GPU where there is one."""
+"""Attention with a local bias against a literal loop and float64; the router; both on the GPU where there is one."""
 import math
 
 import pytest
@@ -17,7 +17,8 @@ KINDS = {"none": None, "local": {}, "gaussian": dict(sigma=(2.5, 1.0)), "global"
 
 def inputs(queries=7, batch=2, heads=2, dim=4, dtype=torch.float64, device="cpu"):
     g = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(batch, heads, n, dim, generator=g, dtype=torch.float64) for n in (queries, LAYOUT.num_keys, LAYOUT.num_keys)]
+    lengths = queries, LAYOUT.num_keys, LAYOUT.num_keys
+    tensors = [torch.randn(batch, heads, n, dim, generator=g, dtype=torch.float64) for n in lengths]
     tensors.append(3 * torch.randn(batch, queries, 2, generator=g, dtype=torch.float64))
     return [t.to(device, dtype).requires_grad_() for t in tensors]
 
@@ -25,12 +26,12 @@ def inputs(queries=7, batch=2, heads=2, dim=4, dtype=torch.float64, device="cpu"
 def loop_attention(q, k, v, bias, mask):
     """One query and head at a time, in Python."""
     out = torch.zeros_like(q)
-    dense = None if bias is None else bias.dense()
+    dense = torch.zeros(len(q), q.shape[2], k.shape[2]) if bias is None else bias.dense()
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
                 allowed = [j for j in range(k.shape[2]) if mask is None or not mask[b, i, j]]
-                scores = [float(q[b, h, i] @ k[b, h, j]) / math.sqrt(q.shape[3]) + (0.0 if dense is None else float(dense[b, i, j])) for j in allowed]
+                scores = [float(q[b, h, i] @ k[b, h, j]) / math.sqrt(q.shape[3]) + float(dense[b, i, j]) for j in allowed]
                 total = sum(math.exp(s) for s in scores)
                 for s, j in zip(scores, allowed):
                     out[b, h, i] += math.exp(s) / total * v[b, h, j]
@@ -100,7 +101,8 @@ def test_dropout_is_repeated_in_the_backward_pass():
     """The output is linear in v with the dropped probabilities as factors: its gradient must use the same draw."""
     q, k, v, value = inputs()
     torch.manual_seed(3)
-    out = attention_reference(q.detach(), k.detach(), v, LocalBias(random_windows(LAYOUT, 2, 7, 3), value.detach()), dropout_p=0.5, chunk_size=2)
+    bias = LocalBias(random_windows(LAYOUT, 2, 7, 3), value.detach())
+    out = attention_reference(q.detach(), k.detach(), v, bias, dropout_p=0.5, chunk_size=2)
     grad, = torch.autograd.grad(out.sum(), v)
     torch.testing.assert_close((grad * v).sum(), out.sum())
     assert not torch.allclose(out, attention_reference(q, k, v))
@@ -157,7 +159,8 @@ def test_gpu_agrees_with_float64(cuda, dtype):
         out = biased_attention(q, k, v, LocalBias(windows_gpu, value.float()), backend=backend)
         torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
         for a, b in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v, value)), gradient):
-            torch.testing.assert_close(a.double().cpu(), b, rtol=5 * tolerance, atol=5 * tolerance * max(1.0, float(b.abs().max())))
+            size = max(1.0, float(b.abs().max()))
+            torch.testing.assert_close(a.double().cpu(), b, rtol=5 * tolerance, atol=5 * tolerance * size)
 
     router = AQRWeightGenerator(32, 4, 64, window_sizes=[4, 3]).eval()
     torch.nn.init.normal_(router.to_weights.weight, std=0.3)

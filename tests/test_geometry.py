@@ -72,7 +72,8 @@ def test_cells_match_scalar_arithmetic():
                 assert bool(first.seen[b, q, 1 + v]) == (seen and not seen_before)
                 if seen:
                     count += 1
-                    assert windows.cells[b, q, 1 + v].tolist() == [math.floor(w / depth * 8 / size[0]), math.floor(u / depth * 20 / size[1])]
+                    cell = [math.floor(w / depth * 8 / size[0]), math.floor(u / depth * 20 / size[1])]
+                    assert windows.cells[b, q, 1 + v].tolist() == cell
                 seen_before |= seen
     assert count > 20
 
@@ -131,7 +132,7 @@ def test_torch_alone_is_enough():
     """The modules of rooms 0x to 2x import while the detector's packages, SciPy and nbdev cannot be found."""
     code = """
 import sys
-for name in ('mmengine', 'mmcv', 'mmdet', 'mmdet3d', 'spconv', 'nuscenes', 'scipy', 'cv2', 'matplotlib', 'pandas', 'fastcore', 'nbdev'):
+for name in 'mmengine mmcv mmdet mmdet3d spconv nuscenes scipy cv2 matplotlib pandas fastcore nbdev'.split():
     sys.modules[name] = None
 import cmtaqr, cmtaqr.sensitivity, cmtaqr.geometry, cmtaqr.bias, cmtaqr.attention, cmtaqr.router
 """

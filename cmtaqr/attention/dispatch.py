@@ -13,7 +13,7 @@ from torch import Tensor
 from .reference import _check_bias, _check_heads, _check_mask, attention_reference
 from ..bias import LocalBias
 
-# %% ../../nbs/11_dispatch.ipynb #88706bd3
+# %% ../../nbs/11_dispatch.ipynb #911a0d4a
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     _check_heads(q, k, v)
     mask, dead = None, None
@@ -30,8 +30,8 @@ def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     return out if dead is None else out.masked_fill(dead.unsqueeze(-3), 0)
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                     backend: str = 'auto') -> Tensor:
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, attn_mask: Tensor | None = None,
+                     dropout_p: float = 0.0, backend: str = 'auto') -> Tensor:
     """Attention with an optional local bias.
 
     Args:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..bias import LocalBias
 from ..geometry import Windows
 
-# %% ../../nbs/10_reference.ipynb #e68bdc8e
+# %% ../../nbs/10_reference.ipynb #29a4bff8
 def _check_heads(q, k, v):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError('attention needs q [B, H, Q, D] and k, v [B, H, K, D], '
@@ -31,22 +31,23 @@ def _check_mask(q, k, mask):
     if mask.dtype != torch.bool:
         raise ValueError(f'attn_mask must be bool, True where a query may not attend, got {mask.dtype}')
     if mask.shape not in ((q.shape[2], k.shape[2]), (q.shape[0], q.shape[2], k.shape[2])):
-        raise ValueError(f'attn_mask must be [Q, K] or [B, Q, K], got {list(mask.shape)} for q {list(q.shape)} and k {list(k.shape)}')
+        raise ValueError(f'attn_mask must be [Q, K] or [B, Q, K], got {list(mask.shape)}: q {list(q.shape)}, k {list(k.shape)}')
 
 
 def _in_chunks(function, queries, chunk_size, tensors, preserve_rng_state):
-    """Concatenate function(slice, *tensors) over slices of the queries; recompute each in the backward pass if a gradient is needed."""
+    """Concatenate function(slice, *tensors) over slices of the queries, each recomputed in the backward pass."""
     if chunk_size < 1:
         raise ValueError(f'chunk_size={chunk_size}: must be at least 1')
     # queries = 0 still makes one (empty) chunk, so that the result has its shape
     chunks = [slice(i, min(i + chunk_size, queries)) for i in range(0, max(queries, 1), chunk_size)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return torch.cat([checkpoint(function, c, *tensors, use_reentrant=False, preserve_rng_state=preserve_rng_state) for c in chunks], 2)
+        options = dict(use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        return torch.cat([checkpoint(function, c, *tensors, **options) for c in chunks], 2)
     return torch.cat([function(c, *tensors) for c in chunks], 2)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, attn_mask: Tensor | None = None, scale: float | None = None,
-                        dropout_p: float = 0.0, chunk_size: int = 128) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, attn_mask: Tensor | None = None,
+                        scale: float | None = None, dropout_p: float = 0.0, chunk_size: int = 128) -> Tensor:
     """Attention of every query to every key, with an additive local bias.
 
     Args:
@@ -91,7 +92,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
     value = q.new_zeros(()) if bias is None else bias.value
     return _in_chunks(attend, q.shape[2], chunk_size, (q, k, v, value), dropout_p > 0)
 
-# %% ../../nbs/10_reference.ipynb #a47415d7
+# %% ../../nbs/10_reference.ipynb #1c0c0e83
 def window_attention_reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, chunk_size: int = 128) -> Tensor:
     """Attention of every query to the keys in its windows only, gathered.
 
@@ -121,9 +122,10 @@ def window_attention_reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows
         with torch.autocast(q.device.type, enabled=False):
             rows, ok = (index[:, chunk] + first).flatten(), valid[:, chunk]
             shape = (*ok.shape, heads, dim)
-            scores = torch.einsum('bhqd,bqwhd->bhqw', q[:, :, chunk].to(dtype) * dim ** -0.5, k.index_select(0, rows).view(shape).to(dtype))
+            keys, values = (t.index_select(0, rows).view(shape).to(dtype) for t in (k, v))
+            scores = torch.einsum('bhqd,bqwhd->bhqw', q[:, :, chunk].to(dtype) * dim ** -0.5, keys)
             blocked = ~ok[:, None]
             weights = scores.masked_fill(blocked, float('-inf')).softmax(-1).masked_fill(blocked, 0)
-            return torch.einsum('bhqw,bqwhd->bhqd', weights, v.index_select(0, rows).view(shape).to(dtype)).to(q.dtype)
+            return torch.einsum('bhqw,bqwhd->bhqd', weights, values).to(q.dtype)
 
     return _in_chunks(attend, queries, chunk_size, (q, k, v), False)
