@@ -61,7 +61,7 @@ class LocalBias:
             parts.append((bias * (profiles[0][..., :, None] * profiles[1][..., None, :])).flatten(2))
         return torch.cat(parts, -1)
 
-# %% ../nbs/02_bias.ipynb #bf12b4f8
+# %% ../nbs/02_bias.ipynb #b857e64a
 class _InwardClamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, low, high):
@@ -78,7 +78,16 @@ class _InwardClamp(torch.autograd.Function):
 
 
 def inward_clamp(value: Tensor, low: float, high: float) -> Tensor:
-    """Clamp to [low, high] with a gradient that is stopped only where a descent step would lead (further) out of the bounds."""
+    """Clamp with a gradient that is stopped only where a descent step would lead (further) out of the bounds.
+
+    Args:
+        value: any shape.
+        low: lower bound.
+        high: upper bound.
+
+    Returns:
+        `value` clamped to [low, high], same shape. Not differentiable twice.
+    """
     return _InwardClamp.apply(value, low, high)
 
 # %% ../nbs/02_bias.ipynb #39054073
