@@ -152,7 +152,7 @@ def read_history(folder, filename="history.json"):
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/51_hooks.ipynb #b64af4c8
+# %% ../../nbs/51_hooks.ipynb #bc990f60
 def _batch_size(batch):
     while isinstance(batch, dict):
         batch = next(iter(batch.values()))
@@ -191,7 +191,8 @@ class HistoryHook(Hook):
         """Add a record."""
         if not self.every_n_train_iters(runner, self.interval):
             return
-        record = dict(iter=runner.iter + 1, epoch=runner.epoch + 1, samples=_batch_size(data_batch))
+        epoch = runner.iter // len(runner.train_dataloader) + 1  # an iteration-based loop counts none
+        record = dict(iter=runner.iter + 1, epoch=epoch, samples=_batch_size(data_batch))
         record |= {name: _finite(value) for name, value in (outputs or {}).items()}
         record |= {f"lr/{k}": g["lr"] for k, g in zip(self._labels, runner.optim_wrapper.optimizer.param_groups)}
         published = runner.message_hub.log_scalars

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #6ee88554
+# %% ../../nbs/52_runner.ipynb #d12306ee
 import copy
 import itertools
+import json
 import logging
 import os
 import time
@@ -53,7 +54,7 @@ class FileLogRunner(Runner):
         with safe_globals():
             super().load_or_resume()
 
-# %% ../../nbs/52_runner.ipynb #282004e4
+# %% ../../nbs/52_runner.ipynb #c35ebbc5
 def build_runner(params, cfg):
     """Write `run.json` and build the runner; for training, with the schedule stretched over its iterations.
 
@@ -64,7 +65,10 @@ def build_runner(params, cfg):
     Returns:
         `FileLogRunner`, ready for `train` or `test`.
     """
-    write_json(Path(cfg.work_dir, "run.json"), run_record(params))
+    file, record = Path(cfg.work_dir, "run.json"), run_record(params)
+    if cfg.resume and file.is_file():
+        record["resumed"] = json.loads(file.read_text())
+    write_json(file, record)
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(cfg.device)
@@ -113,7 +117,7 @@ def model_size(model):
                              trainable=sum(t.numel() for t in tensors if t.requires_grad), MiB=round(size, 2)))
     return rows
 
-# %% ../../nbs/52_runner.ipynb #78a75299
+# %% ../../nbs/52_runner.ipynb #75f64ff7
 def _mean_terms(records):
     names = [n for n in records[0] if "loss" in n] if records else []
     return {n: float(np.mean([r[n] for r in records if r.get(n) is not None] or [np.nan])) for n in names}
@@ -136,7 +140,7 @@ def train(runner):
     records = read_history(runner.work_dir)["records"]
     began_at = next(hook.began_at for hook in runner.hooks if isinstance(hook, HistoryHook))
     tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
-    return dict(iterations=runner.iter, epochs=runner.epoch, samples=samples, seconds=round(seconds, 2),
+    return dict(iterations=runner.iter, epochs=round(runner.iter / len(runner.train_dataloader), 2), samples=samples, seconds=round(seconds, 2),
                 samples_per_second=round(samples / seconds, 3), loss_first=_mean_terms(records[:tenth]),
                 loss_last=_mean_terms(records[-tenth:]), bias_scale=records[-1].get("bias_scale") if records else None,
                 peak_memory_mib=peak_memory(), checkpoint=find_latest_checkpoint(runner.work_dir))
