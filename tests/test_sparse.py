@@ -131,6 +131,28 @@ def test_missing_backend_says_what_to_install():
     assert "expected 'spconv', 'triton' or 'auto'" in _fresh(make, CMTAQR_SPCONV="minkowski")
 
 
+def test_convolutions_are_right_with_several_threads():
+    """spconv's own CPU kernels lose additions with two threads; ours must be those of dense convolution each time."""
+    out = _fresh("""
+import torch, cmtaqr.detector
+from cmtaqr.detector.sparse import sparse_backend
+import spconv.pytorch as sp
+device = "cuda" if sparse_backend() == "triton" else "cpu"
+torch.manual_seed(0)
+rows = torch.stack([torch.randint(n, (1500,)) for n in (2, 9, 16, 16)], 1).unique(dim=0).int()
+tensor = sp.SparseConvTensor(torch.randn(len(rows), 32).to(device), rows.to(device), (9, 16, 16), 2)
+occupied = torch.zeros(2, 1, 9, 16, 16); occupied[rows[:, 0].long(), 0, rows[:, 1].long(), rows[:, 2].long(), rows[:, 3].long()] = 1
+conv, strided = sp.SubMConv3d(32, 32, 3, bias=False).to(device), sp.SparseConv3d(32, 32, 3, 2, 1, bias=False).to(device)
+with torch.no_grad():
+    dense = tensor.dense().cpu()
+    want = torch.nn.functional.conv3d(dense, conv.weight.cpu().permute(0, 4, 1, 2, 3), padding=1) * occupied
+    want2 = torch.nn.functional.conv3d(dense, strided.weight.cpu().permute(0, 4, 1, 2, 3), padding=1, stride=2)
+    errors = [float((m(tensor).dense().cpu() - w).abs().max()) for _ in range(6) for m, w in ((conv, want), (strided, want2))]
+print("largest error", max(errors))
+""", OMP_NUM_THREADS="2")
+    assert float(out.split("largest error")[-1].split()[0]) < (5e-3 if sparse_backend() == "triton" else 1e-4), out
+
+
 def test_names_of_the_encoder(shared):
     entries = json.loads((shared / "golden" / "keys_r50.json").read_text())["entries"]
     prefix = "pts_middle_encoder."

@@ -15,7 +15,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-# %% ../../nbs/30_sparse.ipynb #879a923f
+# %% ../../nbs/30_sparse.ipynb #422100ee
 def _pairs(indice_pairs, indice_pair_num, inverse, subm):
     """Yield (offset, input rows, output rows); rows are None at the centre of a sub-manifold kernel, where they are all rows."""
     counts, centre = indice_pair_num.tolist(), len(indice_pair_num) // 2
@@ -27,6 +27,11 @@ def _pairs(indice_pairs, indice_pair_num, inverse, subm):
             yield offset, indice_pairs[int(inverse), offset, :count], indice_pairs[int(not inverse), offset, :count]
 
 
+def _add_rows(out, index, rows):
+    """Add rows [n, C] in place at `index`; twice as fast on the CPU as index_add_, through its expanded index."""
+    out.scatter_add_(0, index.long()[:, None].expand_as(rows), rows)
+
+
 def _cpu_conv(features, filters, indice_pairs, indice_pair_num, num_activate_out, inverse=False, subm=False, bias=None, **_):
     """Output features [num_activate_out, C_out] of weights [C_out, kz, ky, kx, C_in], with the library's pairs."""
     weight = filters.flatten(1, -2)
@@ -35,7 +40,7 @@ def _cpu_conv(features, filters, indice_pairs, indice_pair_num, num_activate_out
         if source is None:
             out += features @ weight[:, offset].T
         elif len(source):
-            out.index_add_(0, target, features.index_select(0, source) @ weight[:, offset].T)
+            _add_rows(out, target, features.index_select(0, source) @ weight[:, offset].T)
     return out if bias is None else out + bias
 
 
@@ -49,7 +54,7 @@ def _cpu_conv_backward(features, filters, out_bp, indice_pairs, indice_pair_num,
             by_offset[:, offset] = out_bp.T @ features
         elif len(source):
             upstream = out_bp.index_select(0, target)
-            grad_features.index_add_(0, source, upstream @ weight[:, offset])
+            _add_rows(grad_features, source, upstream @ weight[:, offset])
             by_offset[:, offset] = upstream.T @ features.index_select(0, source)
     return grad_features, grad_weight
 
