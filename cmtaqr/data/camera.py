@@ -159,10 +159,10 @@ def _draw(faces, number, columns, rows, depth, label, left, top):
     np.copyto(depth[part], inverse, where=inside)
     np.copyto(label[part], number, where=inside)
 
-# %% ../../nbs/41a_camera.ipynb #728d1f3e
+# %% ../../nbs/41a_camera.ipynb #6dbe9de3
 _GROUND = np.zeros((len(MATERIAL_ID), 3), np.float32)
-for _name, _color in {"asphalt": (96, 96, 99), "marking": (215, 215, 208), "paving": (158, 152, 143), "grass": (92, 116, 62)}.items():
-    _GROUND[MATERIAL_ID[_name]] = _color
+_GROUND[[MATERIAL_ID[name] for name in ("asphalt", "marking", "paving", "grass")]] = [
+    (96, 96, 99), (215, 215, 208), (158, 152, 143), (92, 116, 62)]
 _NOISE = np.random.default_rng(7).standard_normal((256, 256)).astype(np.float32)
 HORIZON, ZENITH = np.array([205, 215, 225], np.float32), np.array([105, 150, 205], np.float32)
 

@@ -79,7 +79,7 @@ def join_boxes(parts):
     names = ("center", "half", "yaw", "color", "material", "owner")
     return Boxes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-# %% ../../nbs/40_scene.ipynb #a77919c5
+# %% ../../nbs/40_scene.ipynb #0525db78
 @dataclass(frozen=True)
 class Road:
     """A road of constant curvature with road coordinates (s, d): metres along the centre line and to its left.
@@ -101,6 +101,7 @@ class Road:
     lane_width: float = 3.5
     parking: float = 2.6
     pavement: float = 3.6
+    lot_depth: float = 17.3
 
     @property
     def curb(self):
@@ -135,8 +136,8 @@ class Road:
         beyond = side > self.curb + self.pavement
         for s0, s1, sign, kind in self.lots:
             if kind != "facade":
-                out[beyond & (s >= s0) & (s < s1) & (d * sign > 0) & (side < self.curb + self.pavement + 17.3)] = MATERIAL_ID[kind]
-        out[side > self.curb + self.pavement + 17.3] = MATERIAL_ID["grass"]
+                out[beyond & (s >= s0) & (s < s1) & (d * sign > 0)] = MATERIAL_ID[kind]
+        out[side > self.curb + self.pavement + self.lot_depth] = MATERIAL_ID["grass"]
         lane = np.abs(side / self.lane_width - np.rint(side / self.lane_width)) * self.lane_width
         dashes = (lane < 0.075) & ((s % 6.0 < 3.0) | (side < 1)) & (side < edge - 1)
         solid = np.abs(side - edge) < 0.075

@@ -62,7 +62,7 @@ def chain(records):
         before["next"], after["prev"] = after["token"], before["token"]
     return records
 
-# %% ../../nbs/41b_tables.ipynb #73704734
+# %% ../../nbs/41b_tables.ipynb #8f9e1f7f
 def quaternion_about_z(yaw):
     """[w, 0, 0, z] of a turn by yaw radians."""
     return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
@@ -96,7 +96,8 @@ class SceneWriter:
         self._write_map()
         seen = [self._write_sample(index) for index in range(self.config.keyframes)]
         for channel in self.rig:
-            chain(sorted((r for r in self.tables["sample_data"] if f"/{channel}/" in r["filename"]), key=lambda r: r["timestamp"]))
+            readings = [row for row in self.tables["sample_data"] if f"/{channel}/" in row["filename"]]
+            chain(sorted(readings, key=lambda row: row["timestamp"]))
         chain(self.tables["sample"])
         self._annotate(seen)
         self._describe()

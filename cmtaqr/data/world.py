@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .tables import SceneWriter, fixed_tables
 
-# %% ../../nbs/42_world.ipynb #29a15ba1
+# %% ../../nbs/42_world.ipynb #5cac9684
 # The ten scenes of v1.0-mini in the order of its table; 0103 and 0916 are its validation split.
 MINI_SCENES = ("scene-0061", "scene-0103", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-0916", "scene-1077",
                "scene-1094", "scene-1100")
@@ -57,7 +57,8 @@ class WorldConfig:
     version: str = "v1.0-mini"
 
     def __post_init__(self):
-        low = {"keyframes": 1, "sweeps": 0, "camera_sweeps": 0, "lidar_range": 5, "annotation_range": 5, "seed": 0}
+        low = {"keyframes": 1, "sweeps": 0, "camera_sweeps": 0, "lidar_range": 5, "radius": 15, "density": 0.1,
+               "annotation_range": 5, "seed": 0}
         for name, least in low.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
@@ -113,7 +114,7 @@ def _generate(job):
     _write_json(done, SceneWriter(root, config, name).write())
     return name
 
-# %% ../../nbs/42_world.ipynb #4721fd5d
+# %% ../../nbs/42_world.ipynb #cc486ce2
 def _prepare(root, config, overwrite):
     """Decides whether a folder may be written to; clears an old world if told to."""
     record, described = root / "world.json", json.loads(json.dumps({"generator": GENERATOR, **asdict(config)}))
@@ -128,7 +129,8 @@ def _prepare(root, config, overwrite):
                                   "choose another folder, or pass --overwrite (overwrite=True) to replace it")
         for name in ("samples", "sweeps", "maps", ".world", old["world"]["version"]):
             shutil.rmtree(root / name, ignore_errors=True)
-        for path in (record, *root.glob("nuscenes_infos_*.pkl")):
+        # What others derived from the old world goes with it.
+        for path in (record, *root.glob("nuscenes_infos*")):
             path.unlink()
     elif any((root / name).exists() for name in ("samples", "sweeps", "maps", "v1.0-mini", "v1.0-trainval", "v1.0-test")):
         raise FileExistsError(f"{root} holds nuScenes data that this generator did not write: choose another folder")
@@ -184,7 +186,7 @@ def _merge(root, config):
         _write_json(root / config.version / f"{key}.json", rows)
     _write_json(root / "world.json", {"complete": True, "world": {"generator": GENERATOR, **asdict(config)}})
 
-# %% ../../nbs/42_world.ipynb #b1884739
+# %% ../../nbs/42_world.ipynb #a8cc85c8
 def ground_truth_results(nusc, split):
     """The annotations of a split as a result file of the official detection task, each with score 1.
 
@@ -212,10 +214,10 @@ def ground_truth_results(nusc, split):
                               "rotation": row["rotation"], "detection_name": name, "detection_score": 1.0,
                               "velocity": np.nan_to_num(nusc.box_velocity(row["token"])[:2]).tolist(),
                               "attribute_name": attributes[0] if attributes else ""})
-    return {"meta": dict.fromkeys(("use_camera", "use_lidar"), True) | dict.fromkeys(("use_radar", "use_map", "use_external"), False),
-            "results": results}
+    meta = {f"use_{source}": source in ("camera", "lidar") for source in ("camera", "lidar", "radar", "map", "external")}
+    return {"meta": meta, "results": results}
 
-# %% ../../nbs/42_world.ipynb #ba376794
+# %% ../../nbs/42_world.ipynb #c9a44026
 def main(argv=None):
     """Command line: python -m cmtaqr.data.world ROOT [options]."""
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.data.world", description=make_world.__doc__.split(";")[0] + ".",
@@ -226,7 +228,8 @@ def main(argv=None):
                              ("camera_sweeps", int, "images of each camera before each"), ("lidar_range", float, "metres"),
                              ("radius", float, "objects up to this far from the ego's path, metres"),
                              ("density", float, "factor on the number of objects"),
-                             ("annotation_range", float, "annotations up to this far from the ego, metres"), ("seed", int, "seed")):
+                             ("annotation_range", float, "annotations up to this far from the ego, metres"),
+                             ("seed", int, "seed")):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(WorldConfig, name), help=text)
     parser.add_argument("--image-size", type=int, nargs=2, default=WorldConfig.image_size, metavar=("W", "H"), help="pixels")
     parser.add_argument("--workers", type=int, help="processes; all cores if not given")
