@@ -43,8 +43,8 @@ def run(values, **changes):
 def call_papermill(name, output, *arguments, cwd):
     """The command as it is typed, from another folder than the repository."""
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output), "--no-progress-bar",
-                           "--log-output", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    call = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output)]
+    return subprocess.run([*call, "--no-progress-bar", "--log-output", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 # Parameters
@@ -69,8 +69,8 @@ def test_every_packaged_config_takes_the_parameters(tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"nuscenes_infos_{split}.pkl").write_bytes(pickle.dumps(dict(metainfo={}, data_list=[])))
     for name in config_names():
-        params = TrainParameters.check(dict(config=name, data_root=str(tmp_path), enable_aqr=True, preset="aggressive", window_size=[6, 5],
-                                            max_iters=7, batch_size=2, lr=1e-3, num_workers=0, device="cpu"))
+        params = TrainParameters.check(dict(config=name, data_root=str(tmp_path), enable_aqr=True, preset="aggressive",
+                                            window_size=[6, 5], max_iters=7, batch_size=2, lr=1e-3, num_workers=0, device="cpu"))
         cfg = run_config(params)
         bias = cfg.model.pts_bbox_head.aqr.bias
         assert (bias.preset, list(bias.window_size), cfg.train_dataloader.batch_size) == ("aggressive", [6, 5], 2)
@@ -78,7 +78,8 @@ def test_every_packaged_config_takes_the_parameters(tmp_path):
         plain = run_config(TrainParameters.check(dict(config=name, data_root=str(tmp_path), enable_aqr=False, device="cpu")))
         assert plain.model.pts_bbox_head.aqr is None
         evaluation = run_config(EvalParameters.check(dict(config=name, data_root=str(tmp_path), untrained=True, device="cpu")))
-        assert evaluation.train_dataloader is None and evaluation.test_evaluator.ann_file == str(tmp_path / "nuscenes_infos_val.pkl")
+        assert evaluation.train_dataloader is None
+        assert evaluation.test_evaluator.ann_file == str(tmp_path / "nuscenes_infos_val.pkl")
 
 
 def test_without_mmengine_the_engine_names_the_extra(tmp_path):
@@ -94,12 +95,14 @@ def test_without_mmengine_the_engine_names_the_extra(tmp_path):
 def test_train_notebook_from_another_folder(toy, tmp_path):
     (tmp_path / "out").mkdir()
     arguments = [a for name in ("config", "max_iters", "device") for a in ("-p", name, str(toy[name]))]
-    done = call_papermill("train", "out/train.ipynb", *arguments, "-p", "data_root", "data", "-p", "preset", "aggressive", cwd=tmp_path)
+    arguments += ["-p", "data_root", "data", "-p", "preset", "aggressive"]
+    done = call_papermill("train", "out/train.ipynb", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train 6/6 (100 %), loss" in done.stdout + done.stderr, "a terminal shows life"
     out = tmp_path / "out"
     result = json.loads((out / "result.json").read_text())
-    assert result["kind"] == "train" and result["parameters"]["preset"] == "aggressive" and result["parameters"]["data_root"] == "data"
+    assert result["kind"] == "train"
+    assert (result["parameters"]["preset"], result["parameters"]["data_root"]) == ("aggressive", "data")
     assert result["training"]["iterations"] == 6 and result["training"]["samples_per_second"] > 0
     assert result["training"]["peak_memory_mib"]["process"] > 0 and Path(result["training"]["checkpoint"]).is_file()
     assert "papermill" in " ".join(result["command"]) and result["versions"]["torch"] == torch.__version__

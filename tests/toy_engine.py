@@ -46,7 +46,8 @@ _base_ = [r"{bases}/runtime.py", r"{bases}/schedule.py"]
 default_scope = "mmengine"
 custom_imports = dict(imports=["cmtaqr.engine", "toy_engine"], allow_failed_imports=False)
 data_root = "data/toy"
-model = dict(type="ToyDetector", aqr=dict(router=dict(type="none"), bias=dict(type="AttentionBiasGenerator", preset="conservative")))
+bias = dict(type="AttentionBiasGenerator", preset="conservative")
+model = dict(type="ToyDetector", aqr=dict(router=dict(type="none"), bias=bias))
 train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
                         dataset=dict(type="ToyPoints", data_root=data_root, ann_file="train.pkl"))
 val_cfg = None

@@ -122,7 +122,7 @@ def stretched(schedulers, length, iterations):
         result.append(cfg)
     return result
 
-# %% ../../nbs/51a_configure.ipynb #09f9edf6
+# %% ../../nbs/51a_configure.ipynb #3e34f4b1
 def _put_length(cfg, params):
     loop = cfg.train_cfg
     cfg.schedule_length = loop.get("max_epochs") or loop.get("max_iters")
@@ -139,11 +139,12 @@ def _put_length(cfg, params):
 
 
 def _put_test(cfg):
-    for unused in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "val_dataloader", "val_cfg", "val_evaluator"):
+    training = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
+    for unused in (*training, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[unused] = None
     cfg.test_evaluator.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
 
-# %% ../../nbs/51a_configure.ipynb #df026b4f
+# %% ../../nbs/51a_configure.ipynb #4780094d
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -157,7 +158,8 @@ def checkpoint_file(path):
             raise FileNotFoundError(f"no checkpoint in {path}: train there first, or name a .pth file")
         return Path(newest)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: relative paths begin at the folder in which the notebook runs, {Path.cwd()}")
+        raise FileNotFoundError(f"no checkpoint {path}: relative paths begin at the folder in which the notebook runs, "
+                                f"{Path.cwd()}")
     return path
 
 
@@ -201,7 +203,7 @@ def run_config(params, notebook=None):
     check_data(cfg)
     return cfg
 
-# %% ../../nbs/51a_configure.ipynb #3f2ce425
+# %% ../../nbs/51a_configure.ipynb #e60ab740
 def _annotation_files(node):
     """All `ann_file` entries of a nested config, made absolute by the `data_root` beside them."""
     if isinstance(node, dict):
@@ -222,8 +224,9 @@ def check_data(cfg):
         return
     root = Path(cfg.data_root)
     if not root.is_dir():
-        raise FileNotFoundError(f"no data folder {root}: write a synthetic world there with `python -m cmtaqr.data.world {root}`, "
-                                f"or unpack nuScenes there and run `python -m cmtaqr.data.nuscenes {root}`")
+        raise FileNotFoundError(f"no data folder {root}: write a synthetic world there with "
+                                f"`python -m cmtaqr.data.world {root}`, or unpack nuScenes there and run "
+                                f"`python -m cmtaqr.data.nuscenes {root}`")
     for part in ("train_dataloader", "test_dataloader", "test_evaluator"):
         for path in _annotation_files(cfg.get(part)):
             if not path.is_file():

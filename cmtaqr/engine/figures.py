@@ -87,7 +87,7 @@ def plot_learning_rates(history):
     axis.legend(title="group")
     return figure
 
-# %% ../../nbs/54_figures.ipynb #c7bc91d4
+# %% ../../nbs/54_figures.ipynb #dfbc999f
 def plot_class_ap(classes):
     """Bars of AP per class and distance threshold.
 
@@ -112,7 +112,8 @@ def plot_precision_recall(curves, columns=5):
         curves: `Evaluation.curves`.
         columns: Panels in a row.
     """
-    grid = sns.FacetGrid(curves, col="class", col_wrap=columns, hue="distance", palette="viridis", height=2.1, xlim=(0, 1), ylim=(0, 1.02))
+    grid = sns.FacetGrid(curves, col="class", col_wrap=columns, hue="distance", palette="viridis", height=2.1, xlim=(0, 1),
+                         ylim=(0, 1.02))
     grid.map_dataframe(sns.lineplot, x="recall", y="precision")
     grid.set_axis_labels("recall", "precision").set_titles("{col_name}")
     grid.add_legend(title="matched within (m)")
@@ -137,7 +138,7 @@ def box_corners(boxes):
     cos, sin = np.cos(boxes[:, 6:]), np.sin(boxes[:, 6:])
     return np.stack([x * cos - y * sin, x * sin + y * cos, z], -1) + boxes[:, None, :3]
 
-# %% ../../nbs/54_figures.ipynb #08bd74d3
+# %% ../../nbs/54_figures.ipynb #e77e4080
 def _bev_axis(axis, limit):
     axis.set(xlabel="x (m)", ylabel="y (m)", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
@@ -151,8 +152,10 @@ def _draw_bev_boxes(axis, boxes, color, label, alphas=None):
 
 
 def _limit(frame):
-    """Half width of a BEV view in metres: what holds 99 % of the points, and all boxes."""
-    reach = [np.abs(frame.gt_boxes[:, :2]).ravel(), np.abs(frame.query_points[:, :2]).ravel() if frame.query_points is not None else []]
+    """Half width of a BEV view in metres: what holds 99 % of the points, all boxes and all queries."""
+    reach = [np.abs(frame.gt_boxes[:, :2])]
+    if frame.query_points is not None:
+        reach.append(np.abs(frame.query_points[:, :2]))
     if frame.points is not None and len(frame.points):
         reach.append(np.quantile(np.abs(frame.points[:, :2]), [0.99]))
     reach = np.concatenate([np.ravel(r) for r in reach])
@@ -172,7 +175,8 @@ def plot_bev(frame, threshold=0.3, limit=None):
     if frame.points is not None:
         axis.scatter(*frame.points[:, :2].T, c=frame.points[:, 2], s=0.3, cmap="Greys", vmin=-4, vmax=2, rasterized=True)
     _draw_bev_boxes(axis, frame.gt_boxes, GT_COLOR, f"ground truth ({len(frame.gt_boxes)})")
-    _draw_bev_boxes(axis, frame.boxes[keep], FOUND_COLOR, f"detected, score >= {threshold:g} ({keep.sum()})", 0.3 + 0.7 * frame.scores[keep])
+    label = f"detected, score >= {threshold:g} ({keep.sum()})"
+    _draw_bev_boxes(axis, frame.boxes[keep], FOUND_COLOR, label, 0.3 + 0.7 * frame.scores[keep])
     _bev_axis(axis, limit)
     axis.set_title(f"Frame {frame.token}")
     if axis.get_legend_handles_labels()[0]:
@@ -233,7 +237,7 @@ def plot_cameras(frame, threshold=0.3, columns=3):
     figure.suptitle("Ground truth (green) and detections (orange)")
     return figure
 
-# %% ../../nbs/54_figures.ipynb #5e54187b
+# %% ../../nbs/54_figures.ipynb #369aa44f
 def plot_query_weights(frame, limit=None):
     """LiDAR and camera weight of each query in bird's-eye view, and the histogram of both; None for a model without AQR.
 
@@ -248,7 +252,8 @@ def plot_query_weights(frame, limit=None):
     for axis, name, weight in zip(axes, ("LiDAR", "camera"), frame.query_weights.T):
         if frame.points is not None:
             axis.scatter(*frame.points[:, :2].T, color="0.8", s=0.1, rasterized=True)
-        dots = axis.scatter(*frame.query_points[:, :2].T, c=weight, cmap="coolwarm", vmin=-1, vmax=1, s=14, edgecolor="0.4", linewidth=0.2)
+        dots = axis.scatter(*frame.query_points[:, :2].T, c=weight, cmap="coolwarm", vmin=-1, vmax=1, s=14, edgecolor="0.4",
+                            linewidth=0.2)
         _draw_bev_boxes(axis, frame.gt_boxes, GT_COLOR, None)
         _bev_axis(axis, limit)
         axis.set_title(f"{name} weight of {len(weight)} queries")
@@ -256,6 +261,7 @@ def plot_query_weights(frame, limit=None):
     bins = np.linspace(-1, 1, 41)
     for name, weight in zip(("LiDAR", "camera"), frame.query_weights.T):
         sns.histplot(x=weight, bins=bins, ax=axes[2], label=f"{name}: mean {weight.mean():+.3f}", alpha=0.5)
-    axes[2].set(xlabel="weight", ylabel="queries", xlim=(-1, 1), xticks=np.linspace(-1, 1, 5), title="Distribution of the weights")
+    axes[2].set(xlabel="weight", ylabel="queries", xlim=(-1, 1), xticks=np.linspace(-1, 1, 5),
+                title="Distribution of the weights")
     axes[2].legend()
     return figure

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 
-# %% ../../nbs/50a_progress.ipynb #ea24faf2
+# %% ../../nbs/50a_progress.ipynb #d804ed68
 def _notebook_shell():
     """Whether this process is a Jupyter kernel."""
     ipython = sys.modules.get("IPython")
@@ -48,7 +48,8 @@ class Progress:
         clock = f"{int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}"
         share = 100 * self._step / max(self.total, 1)
         pace = f"{each:.2f} s each" if each > 0.1 else f"{1e3 * each:.1f} ms each"
-        return ", ".join(filter(None, [f"{self.title} {self._step}/{self.total} ({share:.0f} %)", details, pace, f"{clock} left"]))
+        parts = [f"{self.title} {self._step}/{self.total} ({share:.0f} %)", details, pace, f"{clock} left"]
+        return ", ".join(filter(None, parts))
 
     def update(self, step, details=""):
         """Show that `step` steps are done."""

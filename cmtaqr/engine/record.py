@@ -22,8 +22,9 @@ import torch
 
 from .parameters import package_root
 
-# %% ../../nbs/50b_record.ipynb #49b375f2
-_PACKAGES = ("cmtaqr", "torch", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "numpy", "nuscenes-devkit", "papermill")
+# %% ../../nbs/50b_record.ipynb #8f083d44
+_PACKAGES = ("cmtaqr", "torch", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "numpy", "nuscenes-devkit",
+             "papermill")
 
 
 def versions():
@@ -36,11 +37,13 @@ def versions():
             continue
     return found | dict(torch=torch.__version__, cuda=torch.version.cuda)
 
-# %% ../../nbs/50b_record.ipynb #9aba2230
+# %% ../../nbs/50b_record.ipynb #b8ba0794
 def git_commit():
     """Commit of the checkout, with `+changes` where tracked files differ from it; None outside a checkout."""
     def git(*args):
-        return subprocess.run(["git", "-C", str(package_root()), *args], capture_output=True, text=True, check=True).stdout.strip()
+        call = ["git", "-C", str(package_root()), *args]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
