@@ -43,8 +43,9 @@ def run(values, **changes):
 def call_papermill(name, output, *arguments, cwd):
     """The command as it is typed, from another folder than the repository."""
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
-    call = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output)]
-    return subprocess.run([*call, "--no-progress-bar", "--log-output", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    call = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output), *arguments]
+    call += ["--no-progress-bar", "--log-output"]
+    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 # Parameters

@@ -117,7 +117,7 @@ def model_size(model):
                              trainable=sum(t.numel() for t in tensors if t.requires_grad), MiB=round(size, 2)))
     return rows
 
-# %% ../../nbs/52_runner.ipynb #2ccb2b76
+# %% ../../nbs/52_runner.ipynb #e81e70d1
 def _mean_terms(records):
     names = [n for n in records[0] if "loss" in n] if records else []
     return {n: float(np.mean([r[n] for r in records if r.get(n) is not None] or [np.nan])) for n in names}
@@ -142,5 +142,6 @@ def train(runner):
     tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
     return dict(iterations=runner.iter, epochs=round(runner.iter / len(runner.train_dataloader), 2), samples=samples,
                 seconds=round(seconds, 2), samples_per_second=round(samples / seconds, 3),
-                loss_first=_mean_terms(records[:tenth]), loss_last=_mean_terms(records[-tenth:]), bias_scale=records[-1].get("bias_scale") if records else None,
-                peak_memory_mib=peak_memory(), checkpoint=find_latest_checkpoint(runner.work_dir))
+                loss_first=_mean_terms(records[:tenth]), loss_last=_mean_terms(records[-tenth:]),
+                bias_scale=records[-1].get("bias_scale") if records else None, peak_memory_mib=peak_memory(),
+                checkpoint=find_latest_checkpoint(runner.work_dir))
