@@ -153,6 +153,19 @@ def test_sweeps_precede_their_key_frame(nusc, root):
         assert merged.nbr_points() > 30_000
 
 
+def test_ego_drives_at_its_speed_through_all_time_stamps(nusc):
+    for record in nusc.scene:
+        speed = build_scene(record["name"], 0, 1.5).ego.velocity[0]
+        for channel in ("LIDAR_TOP", "CAM_BACK"):
+            reading = nusc.get("sample_data", nusc.get("sample", record["first_sample_token"])["data"][channel])
+            while reading["next"]:
+                after = nusc.get("sample_data", reading["next"])
+                here, there = (nusc.get("ego_pose", row["ego_pose_token"])["translation"] for row in (reading, after))
+                seconds = (after["timestamp"] - reading["timestamp"]) / 1e6
+                assert np.isclose(np.hypot(*np.subtract(there, here)[:2]), speed * seconds, rtol=0.03)
+                reading = after
+
+
 def test_sweeps_of_static_things_lie_on_each_other(nusc):
     """The ego moves between turns; compensated by its poses the ground stays at its height and walls stay where they are."""
     from scipy.spatial import cKDTree
