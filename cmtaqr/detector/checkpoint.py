@@ -15,7 +15,7 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/38_checkpoint.ipynb #affe86a4
+# %% ../../nbs/38_checkpoint.ipynb #45c35926
 def _history_method(owner, name):
     """`getattr` restricted to the statistics of mmengine's log history."""
     if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
@@ -52,7 +52,7 @@ def read_state_dict(file):
         with safe_globals():
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else "not a pickle"
+        reason = re.search(r"unsupported .*|$", str(error), re.IGNORECASE)[0].rstrip(".") or "no pickle"
         raise ValueError(f"checkpoint {file} is damaged, or holds more than weights and logs and was not opened ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint {file} is damaged or no PyTorch file ({error}): copy or train it again") from error
