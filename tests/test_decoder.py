@@ -61,14 +61,16 @@ def test_matches_the_released_decoder(released, tokens, golden):
 def test_zero_bias_is_the_released_decoder(released, tokens, golden):
     bias = some_bias(2, 60, 0.0, TokenLayout((16, 16), (6, 4, 10)))
     with torch.no_grad():
-        torch.testing.assert_close(released(*tokens, golden["mid/query_embed"], bias=bias), golden["mid/decoder"], rtol=0, atol=3e-5)
+        out = released(*tokens, golden["mid/query_embed"], bias=bias)
+    torch.testing.assert_close(out, golden["mid/decoder"], rtol=0, atol=3e-5)
 
 
 def test_bias_moves_the_output_and_order_of_tokens_does_not(released, tokens, golden):
     memory, memory_pos = tokens
     order = torch.randperm(memory.shape[1], generator=torch.Generator().manual_seed(0))
+    bias = some_bias(2, 60, 2.0, TokenLayout((16, 16), (6, 4, 10)))
     with torch.no_grad():
-        biased = released(memory, memory_pos, golden["mid/query_embed"], bias=some_bias(2, 60, 2.0, TokenLayout((16, 16), (6, 4, 10))))
+        biased = released(memory, memory_pos, golden["mid/query_embed"], bias=bias)
         shuffled = released(memory[:, order], memory_pos[:, order], golden["mid/query_embed"])
     assert (biased - golden["mid/decoder"]).abs().max() > 1e-2
     torch.testing.assert_close(shuffled, golden["mid/decoder"], rtol=0, atol=3e-5)

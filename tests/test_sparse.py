@@ -107,7 +107,8 @@ def test_empty_clouds(voxelizer, device, counts, training):
 
 
 @pytest.mark.parametrize("points, message", [
-    ([torch.full((3, 5), float("nan"))], "point cloud 0 .* NaN"), ([torch.rand(4, 5), torch.rand(4)], "point cloud 1 .* got"), ([], "no point cloud")])
+    ([torch.full((3, 5), float("nan"))], "point cloud 0 .* NaN"), ([torch.rand(4, 5), torch.rand(4)], "point cloud 1 .* got"),
+    ([], "no point cloud")])
 def test_bad_clouds_are_named(voxelizer, points, message):
     with pytest.raises(ValueError, match=message):
         voxelizer(points)
@@ -141,7 +142,9 @@ device = "cuda" if sparse_backend() == "triton" else "cpu"
 torch.manual_seed(0)
 rows = torch.stack([torch.randint(n, (1500,)) for n in (2, 9, 16, 16)], 1).unique(dim=0).int()
 tensor = sp.SparseConvTensor(torch.randn(len(rows), 32).to(device), rows.to(device), (9, 16, 16), 2)
-occupied = torch.zeros(2, 1, 9, 16, 16); occupied[rows[:, 0].long(), 0, rows[:, 1].long(), rows[:, 2].long(), rows[:, 3].long()] = 1
+occupied = torch.zeros(2, 9, 16, 16)
+occupied[tuple(rows.long().T)] = 1
+occupied = occupied[:, None]
 conv, strided = sp.SubMConv3d(32, 32, 3, bias=False).to(device), sp.SparseConv3d(32, 32, 3, 2, 1, bias=False).to(device)
 with torch.no_grad():
     dense = tensor.dense().cpu()
@@ -173,7 +176,8 @@ def test_voxels_are_the_same_on_the_gpu(cuda):
 
 def test_full_size_training_step_on_the_gpu(cuda):
     generator = torch.Generator().manual_seed(0)
-    clouds = [((torch.rand(250000, 5, generator=generator) * 2 - 1) * torch.tensor([54.0, 54, 2, 1, 1])).to(cuda) for _ in range(2)]
+    extent = torch.tensor([54.0, 54, 2, 1, 1])
+    clouds = [((torch.rand(250000, 5, generator=generator) * 2 - 1) * extent).to(cuda) for _ in range(2)]
     voxelizer = LidarVoxelizer(SIZE, RANGE, 10, (120000, 160000), (41, 1024, 1024)).train()
     encoder = make_encoder(voxelizer.sparse_shape).to(cuda).train()
     bev = encoder(*voxelizer(clouds))

@@ -78,7 +78,8 @@ def test_projection(projection):
     lidar2img = projection["in/lidar2img"]
     vectors, visible = query_rays(points.expand(len(lidar2img), -1, -1), lidar2img, pad, pc_range, depth_num)
     np.testing.assert_array_equal(visible.numpy(), projection["out/visible_mask"])
-    near(vectors.unflatten(-1, (depth_num, 3))[..., ::8, :], projection["out/backprojected_normalised_every_8th_depth"], rtol=1e-4, atol=1e-4)
+    points = vectors.unflatten(-1, (depth_num, 3))[..., ::8, :]
+    near(points, projection["out/backprojected_normalised_every_8th_depth"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("matrices, message", [

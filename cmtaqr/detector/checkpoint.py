@@ -15,7 +15,7 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/38_checkpoint.ipynb #45c35926
+# %% ../../nbs/38_checkpoint.ipynb #aaafa796
 def _history_method(owner, name):
     """`getattr` restricted to the statistics of mmengine's log history."""
     if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
@@ -53,7 +53,7 @@ def read_state_dict(file):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"unsupported .*|$", str(error), re.IGNORECASE)[0].rstrip(".") or "no pickle"
-        raise ValueError(f"checkpoint {file} is damaged, or holds more than weights and logs and was not opened ({reason})") from error
+        raise ValueError(f"checkpoint {file} is damaged, or holds more than weights and was not opened ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint {file} is damaged or no PyTorch file ({error}): copy or train it again") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -62,7 +62,7 @@ def read_state_dict(file):
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     return {name[len(prefix):]: value for name, value in state.items()}
 
-# %% ../../nbs/38_checkpoint.ipynb #c31ff1a8
+# %% ../../nbs/38_checkpoint.ipynb #65583167
 class CheckpointMismatch(ValueError):
     """Weights of another model.
 
@@ -78,7 +78,8 @@ class CheckpointMismatch(ValueError):
                  ("of another shape", [f"{key} {tuple(found)} instead of {tuple(want)}" for key, found, want in shapes]))
         parts = [f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for what, keys in lists if keys]
         hint = " The file has AQR weights and the model has no AQR." if unexpected and all(map(_is_aqr, unexpected)) else ""
-        super().__init__(f"checkpoint {file} does not fit this model ({'; '.join(parts)}).{hint} Use the config that it was trained with.")
+        super().__init__(f"checkpoint {file} does not fit this model ({'; '.join(parts)}).{hint} "
+                         "Use the config that it was trained with.")
 
 
 def _is_aqr(key):

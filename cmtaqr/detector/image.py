@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../../nbs/31_image.ipynb #d8a20544
+# %% ../../nbs/31_image.ipynb #cfd913ad
 @MODELS.register_module()
 class CPFPN(BaseModule):
     """Feature pyramid whose 3 x 3 output convolution exists for the finest level only.
@@ -27,11 +27,11 @@ class CPFPN(BaseModule):
         ValueError: If more levels are asked for than come in.
     """
 
-    def __init__(self, in_channels, out_channels, num_outs=None, init_cfg=dict(type="Xavier", layer="Conv2d", distribution="uniform")):
-        super().__init__(init_cfg)
+    def __init__(self, in_channels, out_channels, num_outs=None, init_cfg=None):
+        super().__init__(init_cfg or dict(type="Xavier", layer="Conv2d", distribution="uniform"))
         self.num_outs = len(in_channels) if num_outs is None else num_outs
         if not 1 <= self.num_outs <= len(in_channels):
-            raise ValueError(f"CPFPN has {len(in_channels)} levels (in_channels={list(in_channels)}), cannot return num_outs={num_outs}")
+            raise ValueError(f"CPFPN with in_channels={list(in_channels)} cannot return num_outs={num_outs} levels")
         self.lateral_convs = nn.ModuleList([ConvModule(c, out_channels, 1, act_cfg=None) for c in in_channels])
         self.fpn_convs = nn.ModuleList([ConvModule(out_channels, out_channels, 3, padding=1, act_cfg=None)])
 

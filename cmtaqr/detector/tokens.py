@@ -37,7 +37,7 @@ def clamp_anchors(anchors, eps=1e-5):
     """
     return inverse_sigmoid(anchors, eps).sigmoid()
 
-# %% ../../nbs/32_tokens.ipynb #de3965ea
+# %% ../../nbs/32_tokens.ipynb #1a18fdd6
 def sine_embedding(pos, num_feats=256):
     """Sinusoidal embedding of plane coordinates with divisors 1 + 2 floor(i/2) / N.
 
@@ -52,7 +52,7 @@ def sine_embedding(pos, num_feats=256):
         ValueError: If num_feats is odd or pos has fewer than two coordinates.
     """
     if num_feats % 2 or pos.shape[-1] < 2:
-        raise ValueError(f"sine_embedding needs an even num_feats and at least (x, y), got num_feats={num_feats}, pos {tuple(pos.shape)}")
+        raise ValueError(f"sine_embedding needs an even num_feats and (x, y), got num_feats={num_feats}, pos {tuple(pos.shape)}")
     divisor = 1 + 2 * torch.arange(num_feats // 2, device=pos.device, dtype=pos.dtype) / num_feats
     angle = pos[..., [1, 0], None] * (2 * math.pi) / divisor
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
