@@ -165,6 +165,7 @@ def test_aqr_with_cmt_weights_is_cmt():
     """Bit for bit, when both run the same attention kernel."""
     cfg = model_config()
     cfg.pts_bbox_head.transformer.decoder.layer.cross_attn = dict(backend="reference")
+    cfg.pts_bbox_head.aqr.pop("initial_weight")
     plain = copy.deepcopy(cfg)
     plain.pts_bbox_head.pop("aqr")
     cmt, aqr = build(plain).eval(), build(cfg, seed=1).eval()
@@ -176,6 +177,16 @@ def test_aqr_with_cmt_weights_is_cmt():
         assert all(torch.equal(a[k], b[k]) for k in a)
         boxes = [model.predict(inputs, samples)[0].pred_instances_3d.bboxes_3d.tensor for model in (cmt, aqr)]
     assert torch.equal(*boxes)
+
+
+def test_first_weight_of_training_from_scratch():
+    """A configured first weight survives mmengine's initialisation."""
+    cfg = model_config()
+    model = build(cfg)
+    model.init_weights()
+    with torch.no_grad():
+        weights = model.eval()(*batch(), mode="tensor")["aqr"]["weights"]
+    assert torch.allclose(weights, torch.full_like(weights, cfg.pts_bbox_head.aqr.initial_weight))
 
 
 def test_single_sensor_forms():

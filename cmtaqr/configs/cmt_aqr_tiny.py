@@ -1,8 +1,19 @@
 """AQR on a small CMT for the synthetic world: trains on two CPU cores."""
 _base_ = ["./_base_/nuscenes.py", "./_base_/schedule.py", "./_base_/runtime.py"]
 
+# Data: the launcher derives loaders and metric from these, see _base_/nuscenes.py.
 point_cloud_range = [-40.0, -40.0, -5.0, 40.0, 40.0, 3.0]
 input_size = (128, 320)
+sweeps_num = 2
+batch_size = 2
+num_workers = 1
+cbgs = False
+augmentation = dict(
+    resize=(1.0, 1.1), flip_image=0.0, rotation=(-0.3925, 0.3925), scale=(0.95, 1.05), translation=0.2, flip_scene=0.5,
+    drop_image=0.1, drop_lidar=0.1,
+)
+
+# Model
 voxel_size = [0.25, 0.25, 0.2]
 grid_size = [320, 320, 40]
 sparse_shape = [41, 320, 320]
@@ -58,15 +69,31 @@ model = dict(
         denoising=dict(groups=5, noise_scale=1.0),
         transformer=dict(
             type="CmtTransformer",
-            decoder=dict(num_layers=3, layer=dict(embed_dims=hidden_dim, num_heads=4, feedforward_channels=512, dropout=0.0)),
+            decoder=dict(num_layers=2, layer=dict(embed_dims=hidden_dim, num_heads=4, feedforward_channels=512, dropout=0.0)),
         ),
+        # From random weights the attention is flat at first. A window of 9 in 2560 keys needs a bias near ln(2551/9) = 5.6 to
+        # hold half of it, hence the larger scale and the positive first weight: queries begin by looking at their own place.
         aqr=dict(
             views="all",
+            initial_weight=0.8,
             router=dict(type="AQRWeightGenerator", num_heads=4, feedforward_channels=256, dropout=0.0, window_sizes=[4, 3]),
             bias=dict(
-                type="AttentionBiasGenerator", preset="conservative", window_size=[4, 4], learnable_scale=True, use_local_bias=True,
-                use_gaussian_window=False,
+                type="AttentionBiasGenerator", preset="aggressive", bias_scale=5.0, window_size=[3, 3], learnable_scale=True,
+                use_local_bias=True, use_gaussian_window=False,
             ),
         ),
+    ),
+)
+
+# Optimisation: from random weights, so the image branch learns too; the schedule multiplies these by 6 at its peak.
+optim_wrapper = dict(
+    optimizer=dict(lr=2.5e-4),
+    clip_grad=dict(max_norm=5, norm_type=2),
+    paramwise_cfg=dict(
+        custom_keys={
+            "img_backbone": dict(lr_mult=0.2, decay_mult=1.0),
+            "img_neck": dict(lr_mult=0.2),
+            "aqr_router": dict(lr_mult=0.1),
+        }
     ),
 )

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['CmtHead']
 
-# %% ../../nbs/36_head.ipynb #6c3c6dab
+# %% ../../nbs/36_head.ipynb #f1d38618
+import math
+
 import torch
 from mmcv.cnn import ConvModule
 from mmdet.utils import reduce_mean
@@ -30,7 +32,7 @@ def _fp32(x):
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #d41f2181
+# %% ../../nbs/36_head.ipynb #d7ff0171
 @MODELS.register_module(force=True)
 class CmtHead(BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
@@ -52,7 +54,7 @@ class CmtHead(BaseModule):
         denoising: Keyword arguments `groups`, `noise_scale` of `make_denoising`; None trains without denoising.
         loss: Fields of `LossSettings`.
         aqr: None, or dict(router=config of `AQRWeightGenerator`, bias=config of `AttentionBiasGenerator`, views='all' or
-            'first' for the windows).
+            'first' for the windows, initial_weight=weight in (-1, 1) that all queries start with: 0, the default, starts as CMT).
     """
 
     def __init__(self, transformer, point_cloud_range, tasks, in_channels=512, use_camera=True, voxel_size=None, grid_size=None,
@@ -86,7 +88,20 @@ class CmtHead(BaseModule):
         if self.with_aqr:
             self.aqr_router = MODELS.build({"embed_dims": hidden_dim, **aqr["router"]})
             self.aqr_bias = MODELS.build(aqr["bias"])
-            self.views = aqr.get("views", "all")
+            self.views, self.initial_weight = aqr.get("views", "all"), float(aqr.get("initial_weight", 0.0))
+            if not -1 < self.initial_weight < 1:
+                raise ValueError(f"aqr initial_weight={self.initial_weight} must lie between -1 and 1")
+            self._start_weights()
+
+    def _start_weights(self):
+        """Let the router answer `initial_weight` for every query and sensor."""
+        nn.init.constant_(self.aqr_router.to_weights.bias, math.atanh(self.initial_weight))
+
+    def init_weights(self):
+        """mmengine's initialisation, then the router's first answer."""
+        super().init_weights()
+        if self.with_aqr:
+            self._start_weights()
 
     def _lidar_tokens(self, pts_feat):
         """BEV feature [B, c, h, w] -> values and positions [B, h*w, C], (h, w)."""

@@ -17,8 +17,8 @@ model = dict(
     ),
     grid_mask_prob=0.7,
     img_backbone=dict(
-        type="mmdet.ResNet", depth=50, num_stages=4, out_indices=(2, 3), frozen_stages=-1, norm_cfg=dict(type="BN", requires_grad=True),
-        norm_eval=True, with_cp=True, style="pytorch",
+        type="mmdet.ResNet", depth=50, num_stages=4, out_indices=(2, 3), frozen_stages=-1,
+        norm_cfg=dict(type="BN", requires_grad=True), norm_eval=True, with_cp=True, style="pytorch",
     ),
     img_neck=dict(type="CPFPN", in_channels=[1024, 2048], out_channels=hidden_dim, num_outs=2),
     pts_voxel_encoder=dict(
@@ -63,8 +63,9 @@ model = dict(
                 type="PETRTransformerDecoder",
                 num_layers=6,
                 layer=dict(
-                    type="PETRTransformerDecoderLayer", embed_dims=hidden_dim, num_heads=8, feedforward_channels=1024, dropout=0.1,
-                    self_attn=dict(type="PETRMultiheadAttention"), cross_attn=dict(type="PETRMultiheadFlashAttention"),
+                    type="PETRTransformerDecoderLayer", embed_dims=hidden_dim, num_heads=8, feedforward_channels=1024,
+                    dropout=0.1, self_attn=dict(type="PETRMultiheadAttention"),
+                    cross_attn=dict(type="PETRMultiheadFlashAttention"),
                 ),
             ),
         ),
