@@ -6,10 +6,13 @@ WORLD := data/demo
 SHELL := /bin/bash -o pipefail
 export PYTHONUNBUFFERED = 1
 
-# The demo's knobs: `make demo DEMO_ITERS=2000 PRESET=aggressive`.
-DEMO_ITERS ?= 400
+# Threads that wait must not spin: the data loader needs the core.
+export OMP_WAIT_POLICY = PASSIVE
+export MPLBACKEND ?= Agg
+
+# The demo's knobs: `make demo ITERS=2000 SEED=1`.
+ITERS ?= 500
 SEED ?= 0
-PRESET ?= conservative
 
 .PHONY: help setup demo test test-notebooks test-python test-gpu export readme lab wheel clean
 
@@ -20,7 +23,18 @@ setup: ## create .venv and install everything (resumable; reruns skip what is do
 	@$(PYTHON) .ci/install.py
 
 demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, print the table, write the figures
-	@$(BIN)/python .ci/demo.py --world $(WORLD) --out $(DEMO) --iters $(DEMO_ITERS) --seed $(SEED) --preset $(PRESET)
+	@mkdir -p $(DEMO)/untrained $(DEMO)/train $(DEMO)/eval
+	@echo "[1/5] synthetic world -> $(WORLD)"
+	@$(BIN)/python -m cmtaqr.data.world $(WORLD) --keyframes 40 --sweeps 0 --image-size 400 225 --radius 25 --lidar-range 40 --annotation-range 30 --seed 0
+	@$(BIN)/python -m cmtaqr.data.nuscenes $(WORLD)
+	@echo "[2/5] the untrained model's figure -> $(DEMO)/untrained"
+	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/untrained/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p untrained True
+	@echo "[3/5] train AQR, $(ITERS) iterations -> $(DEMO)/train"
+	@$(BIN)/papermill nbs/train.ipynb $(DEMO)/train/train.ipynb --log-output -p data_root $(WORLD) -p seed $(SEED) -p max_iters $(ITERS)
+	@echo "[4/5] evaluate -> $(DEMO)/eval"
+	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/eval/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p checkpoint $(DEMO)/train
+	@echo "[5/5] nuScenes metrics on the validation scenes; figures in $(DEMO)/train/figures and $(DEMO)/eval/figures"
+	@$(BIN)/python -m cmtaqr.engine.compare untrained=$(DEMO)/untrained trained=$(DEMO)/eval --out $(DEMO)/result.json
 
 test: setup test-notebooks test-python ## all tests: notebooks, then pytest (GPU tests skip, saying so, without a GPU)
 

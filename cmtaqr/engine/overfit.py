@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['frame_average_precision', 'overfit', 'main']
 
-# %% ../../nbs/55_overfit.ipynb #9da20060
+# %% ../../nbs/55_overfit.ipynb #c8f13cfd
 import argparse
 import json
 import time
 from pathlib import Path
 
 import torch
+
+from .. import detector  # before mmdet3d: it chooses the sparse library
+
+# isort: split
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import set_random_seed
 from mmdet3d.evaluation.metrics.nuscenes_metric import lidar_nusc_box_to_global, output_to_nusc_box
 from mmdet3d.registry import MODELS
+from mmengine.registry import init_default_scope
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.common.utils import center_distance
 from nuscenes.eval.detection.algo import accumulate, calc_ap
 from nuscenes.eval.detection.data_classes import DetectionBox
 
-from ..data.nuscenes import frame_dataset
+from ..data.frames import frame_dataset
 from ..data.pipelines import nuscenes_pipeline
 from .parameters import find_config
 from .progress import Progress
@@ -64,7 +69,7 @@ def frame_average_precision(info, truth, found, classes):
             precision[name] = sum(calc_ap(curve, config.min_recall, config.min_precision) for curve in curves) / len(curves)
     return dict(mAP=sum(precision.values()) / max(1, len(precision)), AP=precision, boxes={n: c for n, c in count.items() if c})
 
-# %% ../../nbs/55_overfit.ipynb #8a2854bd
+# %% ../../nbs/55_overfit.ipynb #28f7e604
 def _frame(info_file, cfg):
     """The frame's info entry and the two forms of its sample."""
     geometry = dict(point_cloud_range=cfg.point_cloud_range, class_names=cfg.class_names, input_size=cfg.input_size, sweeps_num=0)
@@ -105,6 +110,7 @@ def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1
     record = dict(parameters=dict(config=config, iterations=iterations, lr=lr, device=device, precision=precision), seed=seed, versions=versions(),
                   commit=git_commit(), machine=machine(), command=command())
     set_random_seed(seed)
+    init_default_scope("mmdet3d")
     cfg = Config.fromfile(find_config(config))
     info, train_sample, test_sample = _frame(info_file, cfg)
     boxes = train_sample["data_samples"].gt_instances_3d
