@@ -37,9 +37,12 @@ def versions():
             continue
     return found | dict(torch=torch.__version__, cuda=torch.version.cuda)
 
-# %% ../../nbs/50b_record.ipynb #b8ba0794
+# %% ../../nbs/50b_record.ipynb #abc4911f
 def git_commit():
-    """Commit of the checkout, with `+changes` where tracked files differ from it; None outside a checkout."""
+    """Commit of the checkout, with `+changes` where tracked files differ from it.
+
+    Outside a checkout it is what the environment variable `CMTAQR_COMMIT` says (a container that holds the sources alone), or None.
+    """
     def git(*args):
         call = ["git", "-C", str(package_root()), *args]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
@@ -47,7 +50,7 @@ def git_commit():
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("CMTAQR_COMMIT")
 
 # %% ../../nbs/50b_record.ipynb #c7d17e81
 def machine():
@@ -67,14 +70,19 @@ def peak_memory():
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     return dict(process=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1), gpu=round(gpu, 1))
 
-# %% ../../nbs/50b_record.ipynb #d8a2a962
-def command():
+# %% ../../nbs/50b_record.ipynb #4b6ebaed
+def _typed():
     """Arguments of the process that was typed: of this one, or of the parent where this is a Jupyter kernel."""
-    own = sys.argv
+    own = list(sys.argv)
     parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if "ipykernel" not in " ".join(own[:1]) or not parent.is_file():
-        return list(own)
-    return [a for a in parent.read_bytes().decode(errors="replace").split("\0") if a]
+    if "ipykernel" in " ".join(own[:1]) and parent.is_file():
+        own = [a for a in parent.read_bytes().decode(errors="replace").split("\0") if a]
+    return own
+
+
+def command():
+    """The command that was typed, with paths from the repository's folder."""
+    return [argument.replace(f"{package_root()}{os.sep}", "") for argument in _typed()]
 
 
 def output_notebook(namespace=None, arguments=None):
@@ -82,13 +90,13 @@ def output_notebook(namespace=None, arguments=None):
 
     Args:
         namespace: The notebook's `globals()`, which may hold papermill's injected `PAPERMILL_OUTPUT_PATH`.
-        arguments: Arguments to look at instead of `command()`.
+        arguments: Arguments to look at instead of those typed.
 
     Returns:
         Absolute path, or None where papermill does not run or does not say.
     """
     injected = (namespace or {}).get("PAPERMILL_OUTPUT_PATH")
-    arguments = command() if arguments is None else arguments
+    arguments = _typed() if arguments is None else arguments
     named = [a for a in arguments if a.endswith(".ipynb")] if any("papermill" in a for a in arguments[:3]) else []
     path = injected or (named[1] if len(named) > 1 else None)
     return Path(path).absolute() if path else None
