@@ -34,7 +34,7 @@ from .parameters import find_config
 from .progress import Progress
 from .record import command, git_commit, machine, versions, write_json
 
-# %% ../../nbs/55_overfit.ipynb #4e282a3c
+# %% ../../nbs/55_overfit.ipynb #63ae8e3f
 def _eval_boxes(info, boxes, labels, scores, classes, config):
     """One frame's boxes in the devkit's form, without those beyond their class's range."""
     detections = dict(bboxes_3d=boxes.to("cpu"), labels_3d=labels.cpu(), scores_3d=scores.cpu())
@@ -56,20 +56,22 @@ def frame_average_precision(info, truth, found, classes):
         classes (sequence of str): Class names by label.
 
     Returns:
-        dict: `mAP` over the classes present within range, `AP` {class: mean over distance thresholds}, `boxes` {class: number}.
+        dict: `mAP` over the classes present within range, `AP` {class: mean over distance thresholds}, `AP_at` {class: {metres: AP}},
+            `boxes` {class: number}.
     """
     config = config_factory("detection_cvpr_2019")
     truth = _eval_boxes(info, *truth, torch.ones(len(truth[1])), classes, config)
     found = _eval_boxes(info, *found, classes, config)
-    precision, count = {}, {}
+    at, count = {}, {}
     for name in classes:
         count[name] = sum(box.detection_name == name for box in truth.all)
         if count[name]:
-            curves = [accumulate(truth, found, name, center_distance, threshold) for threshold in config.dist_ths]
-            precision[name] = sum(calc_ap(curve, config.min_recall, config.min_precision) for curve in curves) / len(curves)
-    return dict(mAP=sum(precision.values()) / max(1, len(precision)), AP=precision, boxes={n: c for n, c in count.items() if c})
+            curves = {threshold: accumulate(truth, found, name, center_distance, threshold) for threshold in config.dist_ths}
+            at[name] = {threshold: calc_ap(curve, config.min_recall, config.min_precision) for threshold, curve in curves.items()}
+    precision = {name: sum(values.values()) / len(values) for name, values in at.items()}
+    return dict(mAP=sum(precision.values()) / max(1, len(precision)), AP=precision, AP_at=at, boxes={n: c for n, c in count.items() if c})
 
-# %% ../../nbs/55_overfit.ipynb #28f7e604
+# %% ../../nbs/55_overfit.ipynb #16f22a31
 def _frame(info_file, cfg):
     """The frame's info entry and the two forms of its sample."""
     geometry = dict(point_cloud_range=cfg.point_cloud_range, class_names=cfg.class_names, input_size=cfg.input_size, sweeps_num=0)
@@ -86,7 +88,7 @@ def _score(model, test_sample, info, truth, classes):
     return frame_average_precision(info, truth, (found.bboxes_3d, found.labels_3d, found.scores_3d), classes)
 
 
-def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1500, lr=3e-4, seed=0, device="cuda", score_every=250, precision="fp32"):
+def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1000, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32"):
     """Train a configuration from random weights on one frame and score it on the same frame.
 
     Args:
@@ -100,7 +102,7 @@ def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1
         precision (str): 'fp32' or 'bf16'.
 
     Returns:
-        dict: run record, `scores` [{iteration, mAP, AP}], `loss` curve, seconds, peak memory.
+        dict: run record, `mAP`, `AP`, `AP_at` and `boxes` at the end (see `frame_average_precision`), `scores` [{iteration, mAP, AP}], `loss` curve, seconds, peak memory.
 
     Raises:
         ValueError: `device` is 'cuda' where there is none, or the loss is not finite.
@@ -142,18 +144,19 @@ def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1
     curve = torch.stack(losses).tolist()
     stride = max(1, iterations // 200)
     return dict(record, iterations=iterations, seconds=round(time.time() - started, 1), ground_truth_boxes=len(truth[1]),
-                mAP=scores[-1]["mAP"], AP=scores[-1]["AP"], scores=scores,
+                **{key: scores[-1][key] for key in ("mAP", "AP", "AP_at", "boxes")},
+                scores=[{key: score[key] for key in ("iteration", "seconds", "mAP", "AP")} for score in scores],
                 loss=[dict(iteration=i + 1, loss=round(curve[i], 4)) for i in range(0, iterations, stride)],
                 peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None)
 
-# %% ../../nbs/55_overfit.ipynb #b2a72a42
+# %% ../../nbs/55_overfit.ipynb #891b1af0
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.overfit INFO_FILE --out FILE`."""
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.overfit", description="Train on one frame from random weights and score it on that frame.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("info_file", help="info file of the frame; images and sweep lie beside it")
     parser.add_argument("--out", required=True, help="JSON file to write")
-    for name, default in dict(config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1500, lr=3e-4, seed=0, device="cuda", score_every=250, precision="fp32").items():
+    for name, default in dict(config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1000, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32").items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=" ")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
