@@ -11,11 +11,12 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet3d")
+from cmtaqr.data.frames import NuScenesFrames  # noqa: E402
+from cmtaqr.data.pipelines import nuscenes_pipeline  # noqa: E402
+
+# isort: split
 from mmdet3d.structures.ops import points_in_rbbox  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
-
-from cmtaqr.data.nuscenes import NuScenesFrames  # noqa: E402
-from cmtaqr.data.pipelines import nuscenes_pipeline  # noqa: E402
 
 CLASSES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"]
 WIDE = [-200.0, -200.0, -20.0, 200.0, 200.0, 20.0]  # metres; keeps every box of the frame in the training form

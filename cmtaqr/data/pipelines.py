@@ -54,7 +54,7 @@ def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, swee
         *finish,
         dict(type='Pack3DDetInputs', keys=['points', 'img', 'gt_bboxes_3d', 'gt_labels_3d'], meta_keys=META_KEYS)]
 
-# %% ../../nbs/45_pipelines.ipynb #8c75cd3f
+# %% ../../nbs/45_pipelines.ipynb #0773e485
 def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None, batch_size=1, num_workers=0,
                   cbgs=False, train_ann_file='nuscenes_infos_train.pkl', val_ann_file='nuscenes_infos_val.pkl'):
     """Dataloaders and evaluators for a nuScenes root, as mmengine configs.
@@ -64,7 +64,7 @@ def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_
         point_cloud_range, class_names, input_size, sweeps_num, augmentation: See `nuscenes_pipeline`.
         batch_size (int): Frames per step.
         num_workers (int): Loader processes; 0 loads in the main process.
-        cbgs (bool): Resample training frames so that classes are balanced (mmdet3d's `CBGSDataset`; every class must occur).
+        cbgs (bool): Resample training frames so that classes are balanced (every class must occur).
         train_ann_file, val_ann_file (str): Info files, relative to the root.
 
     Returns:
@@ -76,7 +76,7 @@ def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_
         dataset = dict(type='NuScenesFrames', data_root=data_root, ann_file=ann_file, test_mode=not training, metainfo=dict(classes=class_names),
                        pipeline=nuscenes_pipeline(training, augmentation=augmentation, **geometry))
         if training and cbgs:
-            dataset = dict(type='CBGSDataset', dataset=dataset)
+            dataset = dict(type='BalancedFrames', dataset=dataset)
         return dict(batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0,
                     sampler=dict(type='DefaultSampler', shuffle=training), dataset=dataset)
 

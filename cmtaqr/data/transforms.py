@@ -6,19 +6,23 @@
 __all__ = ['LoadLidarPoints', 'LoadLidarSweeps', 'LoadCameraImages', 'image_matrix', 'resize_crop_flip', 'ResizeCropFlipImage',
            'GlobalRotScaleTransImage', 'RandomFlip3DImage', 'AssembleLidar2Img', 'ModalityMask']
 
-# %% ../../nbs/44_transforms.ipynb #650b1caf
+# %% ../../nbs/44_transforms.ipynb #8a9f5806
 import copy
 import cv2
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
+
+from .. import detector  # before mmdet3d: it chooses the sparse library
+
+# isort: split
 from mmdet3d.datasets.transforms import GlobalRotScaleTrans, LoadPointsFromFile, LoadPointsFromMultiSweeps
 from mmdet3d.registry import TRANSFORMS
 from mmengine.logging import print_log
 
 from .files import read_image, read_points
 
-# %% ../../nbs/44_transforms.ipynb #f0bd209d
+# %% ../../nbs/44_transforms.ipynb #c85e8443
 class _CheckedReader:
     """Puts `read_points` behind mmdet3d's point loaders and counts what it drops in `num_dropped_points`."""
 
@@ -42,7 +46,7 @@ class _CheckedReader:
         return results
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class LoadLidarPoints(_CheckedReader, LoadPointsFromFile):
     """Key frame's points (x, y, z in metres, intensity 0-255, ring), an empty file giving an empty cloud.
 
@@ -53,8 +57,8 @@ class LoadLidarPoints(_CheckedReader, LoadPointsFromFile):
     def __init__(self, nan='raise'):
         super().__init__(coord_type='LIDAR', load_dim=5, use_dim=5, nan=nan)
 
-# %% ../../nbs/44_transforms.ipynb #0989caf7
-@TRANSFORMS.register_module()
+# %% ../../nbs/44_transforms.ipynb #5b9ece40
+@TRANSFORMS.register_module(force=True)
 class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
     """Adds earlier LiDAR measurements in key-frame coordinates; column 4 becomes the age in seconds (0 for the key frame).
 
@@ -78,8 +82,8 @@ class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
         results['lidar_sweeps'] = stored
         return results
 
-# %% ../../nbs/44_transforms.ipynb #c987d960
-@TRANSFORMS.register_module()
+# %% ../../nbs/44_transforms.ipynb #da21258c
+@TRANSFORMS.register_module(force=True)
 class LoadCameraImages(BaseTransform):
     """Images (list of [H, W, 3] uint8, BGR) and float64 matrices `cam2img`, `lidar2cam` [V, 4, 4] of a frame.
 
@@ -136,8 +140,8 @@ def resize_crop_flip(image, resize, corner, size, flip=False):
         inside = padded
     return np.ascontiguousarray(inside[:, ::-1] if flip else inside)
 
-# %% ../../nbs/44_transforms.ipynb #d5a9ad34
-@TRANSFORMS.register_module()
+# %% ../../nbs/44_transforms.ipynb #f6871b4f
+@TRANSFORMS.register_module(force=True)
 class ResizeCropFlipImage(BaseTransform):
     """Brings all views to the network input; `cam2img` follows.
 
@@ -168,14 +172,14 @@ class ResizeCropFlipImage(BaseTransform):
         results.update(img_shape=self.input_size, pad_shape=self.input_size, img_flip=bool(flip))
         return results
 
-# %% ../../nbs/44_transforms.ipynb #b413ff40
+# %% ../../nbs/44_transforms.ipynb #38f4a74a
 def _move(results, matrix):
     if 'lidar2cam' in results:
         results['lidar2cam'] = results['lidar2cam'] @ np.linalg.inv(matrix)
     results['lidar_aug_matrix'] = matrix @ results.get('lidar_aug_matrix', np.eye(4))
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class GlobalRotScaleTransImage(GlobalRotScaleTrans):
     """mmdet3d's rotation, scale and translation of the scene, matrices included.
 
@@ -196,7 +200,7 @@ class GlobalRotScaleTransImage(GlobalRotScaleTrans):
         return results
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class RandomFlip3DImage(BaseTransform):
     """Mirrors the scene (points, boxes, matrices) in y ("horizontal") and in x ("vertical"); the images stay.
 
@@ -219,8 +223,8 @@ class RandomFlip3DImage(BaseTransform):
                 _move(results, np.diag([-1.0 if i == axis else 1.0 for i in range(4)]))
         return results
 
-# %% ../../nbs/44_transforms.ipynb #cd6539b6
-@TRANSFORMS.register_module()
+# %% ../../nbs/44_transforms.ipynb #264c70e4
+@TRANSFORMS.register_module(force=True)
 class AssembleLidar2Img(BaseTransform):
     """`lidar2img` [V, 4, 4] float64 from the augmented `cam2img` and `lidar2cam`."""
 
@@ -228,8 +232,8 @@ class AssembleLidar2Img(BaseTransform):
         results['lidar2img'] = results['cam2img'] @ results['lidar2cam']
         return results
 
-# %% ../../nbs/44_transforms.ipynb #0e9be749
-@TRANSFORMS.register_module()
+# %% ../../nbs/44_transforms.ipynb #e558be7f
+@TRANSFORMS.register_module(force=True)
 class ModalityMask(BaseTransform):
     """Multiplies all images or all points by zero.
 

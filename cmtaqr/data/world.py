@@ -136,7 +136,7 @@ def _prepare(root, config, overwrite):
         raise FileExistsError(f"{root} holds nuScenes data that this generator did not write: choose another folder")
     _write_json(record, {"complete": False, "world": described})
 
-# %% ../../nbs/42_world.ipynb #30e43bbe
+# %% ../../nbs/42_world.ipynb #4f826469
 def make_world(root, scenes=10, workers=None, overwrite=False, progress=True, **options):
     """Writes a synthetic nuScenes data set; a complete one of the same parameters is kept, an interrupted one is finished.
 
@@ -168,8 +168,8 @@ def make_world(root, scenes=10, workers=None, overwrite=False, progress=True, **
             for job in jobs:
                 bar.update(bool(_generate(job)))
         else:
-            method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-            with multiprocessing.get_context(method).Pool(workers) as pool:
+            # not fork: a process whose threads have worked (torch, OpenCV) deadlocks in its forked children
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 for _ in pool.imap_unordered(_generate, jobs):
                     bar.update()
     _merge(root, config)

@@ -71,7 +71,7 @@ def frame_average_precision(info, truth, found, classes):
     precision = {name: sum(values.values()) / len(values) for name, values in at.items()}
     return dict(mAP=sum(precision.values()) / max(1, len(precision)), AP=precision, AP_at=at, boxes={n: c for n, c in count.items() if c})
 
-# %% ../../nbs/55_overfit.ipynb #16f22a31
+# %% ../../nbs/55_overfit.ipynb #804755c0
 def _frame(info_file, cfg):
     """The frame's info entry and the two forms of its sample."""
     geometry = dict(point_cloud_range=cfg.point_cloud_range, class_names=cfg.class_names, input_size=cfg.input_size, sweeps_num=0)
@@ -88,7 +88,7 @@ def _score(model, test_sample, info, truth, classes):
     return frame_average_precision(info, truth, (found.bboxes_3d, found.labels_3d, found.scores_3d), classes)
 
 
-def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1000, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32"):
+def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=800, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32"):
     """Train a configuration from random weights on one frame and score it on the same frame.
 
     Args:
@@ -149,14 +149,14 @@ def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1
                 loss=[dict(iteration=i + 1, loss=round(curve[i], 4)) for i in range(0, iterations, stride)],
                 peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None)
 
-# %% ../../nbs/55_overfit.ipynb #891b1af0
+# %% ../../nbs/55_overfit.ipynb #76564424
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.overfit INFO_FILE --out FILE`."""
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.overfit", description="Train on one frame from random weights and score it on that frame.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("info_file", help="info file of the frame; images and sweep lie beside it")
     parser.add_argument("--out", required=True, help="JSON file to write")
-    for name, default in dict(config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=1000, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32").items():
+    for name, default in dict(config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=800, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32").items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=" ")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

@@ -1,6 +1,6 @@
 """How a run behaves: hooks, logs, seeds. Values that a run can change are parameters, see nbs/50_parameters.ipynb."""
 default_scope = "mmdet3d"
-custom_imports = dict(imports=["cmtaqr.detector", "cmtaqr.data", "cmtaqr.engine"], allow_failed_imports=False)
+custom_imports = dict(imports=["cmtaqr.detector", "cmtaqr.data.frames", "cmtaqr.data.transforms", "cmtaqr.engine"], allow_failed_imports=False)
 
 default_hooks = dict(
     runtime_info=dict(type="RuntimeInfoHook"),
