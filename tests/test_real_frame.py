@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet3d")
-from cmtaqr.data.frames import NuScenesFrames, frame_dataset  # noqa: E402
+from cmtaqr.data.frames import NuScenesFrames  # noqa: E402
 from cmtaqr.data.pipelines import nuscenes_pipeline  # noqa: E402
 
 # isort: split
@@ -140,55 +140,13 @@ def test_r50_aqr_trains_on_the_frame(info_file, record_property):
     assert len([name for name in terms if "loss" in name]) == 24
     assert all(np.isfinite(value.item()) and value.item() > 0 for value in terms.values())
     sum(value for name, value in terms.items() if "loss" in name).backward()
-    # the router's last layer starts at zero: nothing behind it, and not the scale, has a gradient in the first step
+    # The router's last layer starts at zero: nothing behind it, and not the scale, has a gradient in the first step. Queries start
+    # without content, so the first self-attention has nothing to weigh yet.
     silent = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert all(name.startswith(("pts_bbox_head.aqr_", "img_backbone")) for name in silent), sorted(silent)[:8]
+    first = "pts_bbox_head.transformer.decoder.layers.0."
+    expected = {f"{first}{name}.weight" for name in ("attentions.0.attn.out_proj", "norms.0")} | {f"{first}attentions.0.attn.in_proj_weight"}
+    assert {name for name in silent if not name.startswith("pts_bbox_head.aqr_")} == expected
     assert model.pts_bbox_head.aqr_router.to_weights.weight.grad.abs().max() > 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
     record_property("peak_rss_gib", peak)
-    assert peak < 12
-
-
-def test_full_size_detector_learns_from_the_frame(info_file):
-    """The r50 AQR config, random weights: finite losses, gradients in every part, boxes out; within 12 GiB on the CPU."""
-    from mmdet3d.registry import MODELS
-    from mmengine.dataset import pseudo_collate
-
-    from cmtaqr.engine.configure import load_config
-
-    start = time.perf_counter()
-    torch.manual_seed(0)
-    np.random.seed(0)
-    cfg = load_config("cmt_aqr_voxel0100_r50_800x320_cbgs")
-    model = MODELS.build(cfg.model)
-    geometry = dict(point_cloud_range=cfg.point_cloud_range, class_names=cfg.class_names, input_size=cfg.input_size, sweeps_num=cfg.sweeps_num)
-    augmentation = dict(cfg.augmentation, drop_image=0.0, drop_lidar=0.0)
-    training, testing = (
-        frame_dataset(info_file, pipeline=nuscenes_pipeline(form, augmentation=augmentation, **geometry), test_mode=not form,
-                      metainfo=dict(classes=cfg.class_names))[0] for form in (True, False))
-    assert training["inputs"]["img"].shape == (6, 3, 320, 800) and len(training["data_samples"].gt_instances_3d.labels_3d) > 40
-
-    model.train()
-    losses = model(**model.data_preprocessor(pseudo_collate([training]), True), mode="loss")
-    total = sum(value for name, value in losses.items() if "loss" in name)
-    total.backward()
-    norms = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            part = ".".join(name.split(".")[:2 if "pts_bbox_head" in name else 1])
-            norms[part] = norms.get(part, 0.0) + parameter.grad.square().sum().item()
-    assert torch.isfinite(total) and {name.removeprefix(f"d{i}.") for i in range(5) for name in losses} >= {"loss_cls", "loss_bbox"}
-    assert all(np.isfinite(value) for value in norms.values())
-    for part in ("img_backbone", "img_neck", "pts_middle_encoder", "pts_backbone", "pts_neck", "pts_bbox_head.shared_conv",
-                 "pts_bbox_head.transformer", "pts_bbox_head.task_heads", "pts_bbox_head.aqr_router", "pts_bbox_head.reference_points"):
-        assert norms[part] > 0, f"{part} receives no gradient"
-    trained = time.perf_counter() - start
-
-    model.eval()
-    with torch.no_grad():
-        result = model(**model.data_preprocessor(pseudo_collate([testing]), False), mode="predict")[0].pred_instances_3d
-    assert 0 < len(result.scores_3d) <= 300 and result.bboxes_3d.tensor.shape[1] == 9
-    assert (result.scores_3d.diff() <= 0).all() and torch.isfinite(result.bboxes_3d.tensor).all()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"loss {total.item():.1f}; forward, loss, backward {trained:.0f} s, all {time.perf_counter() - start:.0f} s; peak {peak:.1f} GiB")
     assert peak < 12

@@ -154,3 +154,30 @@ def test_metric_scores_the_ground_truth_with_one(world, tmp_path):
     assert scores["NuScenes metric/pred_instances_3d_NuScenes/car_trans_err"] < 1e-3
     assert scores["NuScenes metric/pred_instances_3d_NuScenes/car_orient_err"] < 0.02
     assert scores["NuScenes metric/pred_instances_3d_NuScenes/car_vel_err"] < 0.05
+
+
+def test_views_of_unequal_size_become_one(world, tmp_path):
+    """A camera of another size is resized and cropped with a matrix of its own; its pixels keep their place in the scene."""
+    import cv2
+
+    dataset = frames(world, False, sweeps_num=0)
+    whole, info = dataset[0]["data_samples"].metainfo, dataset.get_data_info(0)
+    info.update(box_type_3d=dataset.box_type_3d, box_mode_3d=dataset.box_mode_3d)
+    view = info["images"]["CAM_BACK"]
+    image = cv2.imread(view["img_path"])
+    view["img_path"] = str(tmp_path / "large.jpg")
+    cv2.imwrite(view["img_path"], cv2.resize(image, (800, 450)))
+    view["cam2img"] = (np.diag([2, 2, 1.0]) @ np.array(view["cam2img"])).tolist()
+    sample = dataset.pipeline(info)
+    assert sample["inputs"]["img"].shape == (6, 3, 128, 320)
+    assert sample["data_samples"].ori_shape[3] == (450, 800) and sample["data_samples"].ori_shape[0] == (225, 400)
+    np.testing.assert_allclose(sample["data_samples"].lidar2img, whole["lidar2img"], atol=1e-6)
+
+
+def test_points_with_nan_can_be_dropped(world, tmp_path):
+    path = tmp_path / "nan.bin"
+    points = np.ones((10, 5), np.float32)
+    points[[2, 7], [0, 4]] = np.nan, np.inf
+    points.tofile(path)
+    results = transforms.LoadLidarPoints(nan="drop")(dict(lidar_points=dict(lidar_path=str(path))))
+    assert len(results["points"]) == 8 and results["num_dropped_points"] == 2

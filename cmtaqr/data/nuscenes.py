@@ -122,7 +122,7 @@ def camera_channels(nusc):
     channels = {record['channel'] for record in nusc.sensor if record['modality'] == 'camera'}
     return sorted(channels, key=lambda name: (rig.index(name) if name in rig else len(rig), name))
 
-# %% ../../nbs/43_nuscenes.ipynb #6405f0a4
+# %% ../../nbs/43_nuscenes.ipynb #4be412b1
 def _problem(path, mode):
     if not path.is_file():
         return 'missing'
@@ -132,8 +132,8 @@ def _problem(path, mode):
     if path.suffix != '.bin':
         with open(path, 'rb') as file:
             data = file.read(2) + (file.seek(max(0, size - 64)), file.read())[1]
-        if not size or jpeg_is_cut(data) or (path.suffix == '.jpg' and data[:2] != b'\xff\xd8'):
-            return 'truncated or no JPEG'
+        if not size or jpeg_is_cut(data):
+            return 'truncated'
         if path.suffix in ('.jpg', '.jpeg') and data[:2] != b'\xff\xd8':
             return 'not a JPEG'
     try:

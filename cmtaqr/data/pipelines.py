@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['AUGMENTATION', 'META_KEYS', 'nuscenes_pipeline', 'data_settings', 'with_data']
 
-# %% ../../nbs/45_pipelines.ipynb #a1bb340a
+# %% ../../nbs/45_pipelines.ipynb #7be28393
 import copy
 from pathlib import Path
+
+from . import transforms  # registers what the pipelines name
 
 # %% ../../nbs/45_pipelines.ipynb #1f19c947
 AUGMENTATION = dict(resize=(0.94, 1.25), flip_image=0.5, rotation=(-0.785, 0.785), scale=(0.9, 1.1), translation=0.5,
