@@ -4,7 +4,6 @@ The frame's info file holds 84 2D boxes (`cam_instances`) that were made without
 per 3D box. Both are independent witnesses of the matrices.
 """
 import resource
-import time
 
 import numpy as np
 import pytest
