@@ -14,7 +14,7 @@ export MPLBACKEND ?= Agg
 ITERS ?= 500
 SEED ?= 0
 
-.PHONY: help setup demo test test-notebooks test-python test-gpu export readme lab wheel clean
+.PHONY: help setup demo test test-notebooks test-python test-gpu export figures lab wheel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, pr
 	@echo "[3/5] train AQR, $(ITERS) iterations -> $(DEMO)/train"
 	@$(BIN)/papermill nbs/train.ipynb $(DEMO)/train/train.ipynb --log-output -p data_root $(WORLD) -p seed $(SEED) -p max_iters $(ITERS)
 	@echo "[4/5] evaluate -> $(DEMO)/eval"
-	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/eval/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p checkpoint $(DEMO)/train
+	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/eval/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p checkpoint $(DEMO)/train -p score_threshold 0.15
 	@echo "[5/5] nuScenes metrics on the validation scenes; figures in $(DEMO)/train/figures and $(DEMO)/eval/figures"
 	@$(BIN)/python -m cmtaqr.engine.compare untrained=$(DEMO)/untrained trained=$(DEMO)/eval --out $(DEMO)/result.json
 
@@ -50,6 +50,9 @@ test-gpu: setup ## only the tests that need a GPU
 
 export: setup ## notebooks -> package, cleaned notebooks, README
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python .ci/check.py --write-readme
+
+figures: setup ## redraw the README's figures and nbs/results/demo.json from the last `make demo`
+	@$(BIN)/python .ci/figures.py
 
 lab: setup ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+NOT_SOURCES = {".venv", ".git", "data", "outputs", "build", "dist", "cmtaqr.egg-info"}
 
 
 def readme_text():
@@ -29,7 +30,7 @@ def changed_by(command, folder, pattern):
     """Run a command in a copy of the repository and return the files of `folder` that it would change."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / ROOT.name
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "data", "outputs", ".git", ".whl", "__pycache__"))
+        shutil.copytree(ROOT, copy, ignore=lambda folder, names: NOT_SOURCES & set(names) if Path(folder) == ROOT else {"__pycache__"})
         subprocess.run(["git", "init", "-q", str(copy)], check=True)
         done = subprocess.run([str(BIN / command)], cwd=copy, capture_output=True, text=True)
         if done.returncode:
