@@ -1,4 +1,5 @@
 """The pinned versions agree everywhere, the wheel holds what it must, and the torch-only part needs torch alone."""
+import json
 import re
 import subprocess
 import sys
@@ -59,6 +60,16 @@ def test_wheel_contains_modules_and_configs(wheel):
     assert any(name.startswith("cmtaqr/configs/_base_/") for name in sources)
     assert sources - names == set()
     assert {name for name in names if name.startswith("cmtaqr/")} - sources == set()
+
+
+def test_readme_figures_come_from_result_files():
+    readme = (ROOT / "README.md").read_text()
+    demo, overfit = (json.loads((ROOT / "nbs/results" / name).read_text()) for name in ("demo.json", "overfit_real_frame.json"))
+    for metric in ("mAP", "NDS"):
+        values = [demo[run]["metrics"][metric] for run in ("untrained", "trained")]
+        assert f"| {metric} | {values[0]:.3f} | {values[1]:.3f} |" in readme
+        assert values[1] > values[0] + 0.05
+    assert f"mAP {overfit['mAP']:.3f}" in readme and f"{overfit['iterations']} iterations and {overfit['seconds']:.0f} s" in readme
 
 
 def run_with_torch_alone(code, folder):
