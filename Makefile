@@ -32,7 +32,7 @@ demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, pr
 	@echo "[3/5] train AQR, $(ITERS) iterations -> $(DEMO)/train"
 	@$(BIN)/papermill nbs/train.ipynb $(DEMO)/train/train.ipynb --log-output -p data_root $(WORLD) -p seed $(SEED) -p max_iters $(ITERS)
 	@echo "[4/5] evaluate -> $(DEMO)/eval"
-	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/eval/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p checkpoint $(DEMO)/train -p score_threshold 0.15
+	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/eval/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p checkpoint $(DEMO)/train -p score_threshold 0.25
 	@echo "[5/5] nuScenes metrics on the validation scenes; figures in $(DEMO)/train/figures and $(DEMO)/eval/figures"
 	@$(BIN)/python -m cmtaqr.engine.compare untrained=$(DEMO)/untrained trained=$(DEMO)/eval --out $(DEMO)/result.json
 
