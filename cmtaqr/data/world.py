@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MINI_SCENES', 'GENERATOR', 'WorldConfig', 'scene_names', 'make_world', 'ground_truth_results', 'main']
 
-# %% ../../nbs/42_world.ipynb #0dbabcba
+# %% ../../nbs/42_world.ipynb #103766f0
 import argparse
 import json
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def _prepare(root, config, overwrite):
         raise FileExistsError(f"{root} holds nuScenes data that this generator did not write: choose another folder")
     _write_json(record, {"complete": False, "world": described})
 
-# %% ../../nbs/42_world.ipynb #4f826469
+# %% ../../nbs/42_world.ipynb #2f126cb9
 def make_world(root, scenes=10, workers=None, overwrite=False, progress=True, **options):
     """Writes a synthetic nuScenes data set; a complete one of the same parameters is kept, an interrupted one is finished.
 
@@ -169,8 +170,9 @@ def make_world(root, scenes=10, workers=None, overwrite=False, progress=True, **
                 bar.update(bool(_generate(job)))
         else:
             # not fork: a process whose threads have worked (torch, OpenCV) deadlocks in its forked children
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                for _ in pool.imap_unordered(_generate, jobs):
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                for future in as_completed([pool.submit(_generate, job) for job in jobs]):
+                    future.result()
                     bar.update()
     _merge(root, config)
     return root

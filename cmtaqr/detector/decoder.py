@@ -37,8 +37,8 @@ class _PackedAttention(nn.Module):
         out = biased_attention(q, k, v, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, backend=self.backend)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/33_decoder.ipynb #04c54cb3
-@MODELS.register_module()
+# %% ../../nbs/33_decoder.ipynb #b9e081d5
+@MODELS.register_module(force=True)
 class PETRMultiheadAttention(BaseModule):
     """Multi-head attention with positions, a residual connection and dropout of the probabilities in training.
 
@@ -84,14 +84,14 @@ class PETRMultiheadAttention(BaseModule):
         return query + self.dropout(attended)
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)
 class PETRMultiheadFlashAttention(PETRMultiheadAttention):
     """The attention on the memory: as `PETRMultiheadAttention`, but never drops probabilities."""
 
     drops_probabilities = False
 
-# %% ../../nbs/33_decoder.ipynb #86e7f33b
-@MODELS.register_module()
+# %% ../../nbs/33_decoder.ipynb #f0bc5e16
+@MODELS.register_module(force=True)
 class PETRTransformerDecoderLayer(BaseModule):
     """Post-norm decoder layer: self-attention, cross-attention, FFN, each with residual and layer norm.
 
@@ -133,8 +133,8 @@ class PETRTransformerDecoderLayer(BaseModule):
         x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #6a969fe4
-@MODELS.register_module()
+# %% ../../nbs/33_decoder.ipynb #f17d0f99
+@MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
 
@@ -163,7 +163,7 @@ class PETRTransformerDecoder(BaseModule):
         return torch.stack(outputs)
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)
 class CmtTransformer(BaseModule):
     """Decoder over LiDAR and camera tokens; there is no encoder.
 

@@ -12,8 +12,8 @@ from mmengine.model import BaseModule
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../../nbs/31_image.ipynb #cfd913ad
-@MODELS.register_module()
+# %% ../../nbs/31_image.ipynb #8e87d307
+@MODELS.register_module(force=True)
 class CPFPN(BaseModule):
     """Feature pyramid whose 3 x 3 output convolution exists for the finest level only.
 
