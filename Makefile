@@ -38,11 +38,12 @@ demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, pr
 
 test: setup test-notebooks test-python ## all tests: notebooks, then pytest (GPU tests skip, saying so, without a GPU)
 
-test-notebooks: setup
+test-notebooks: setup ## only the notebooks
 	@$(BIN)/python .ci/check.py
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --do_print
+	@# one process a notebook: what one defines must not reach the next
+	@ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/nbdev_test --n_workers 1 --do_print --path {}
 
-test-python: setup
+test-python: setup ## only pytest
 	@$(BIN)/python -m pytest -q -rs --durations=10
 
 test-gpu: setup ## only the tests that need a GPU
