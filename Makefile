@@ -8,7 +8,6 @@ export PYTHONUNBUFFERED = 1
 
 # Threads that wait must not spin: the data loader needs the core.
 export OMP_WAIT_POLICY = PASSIVE
-export MPLBACKEND ?= Agg
 
 # The demo's knobs: `make demo ITERS=2000 SEED=1`.
 ITERS ?= 500

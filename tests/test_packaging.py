@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from configparser import ConfigParser
 from importlib import metadata
@@ -40,7 +41,7 @@ def test_every_pin_agrees_with_the_lock():
 
 
 def test_installed_versions_are_the_tested_ones():
-    installed = {normal(dist.metadata["Name"]): dist.version.split("+")[0] for dist in metadata.distributions()}
+    installed = {normal(dist.metadata["Name"]): dist.version.split("+")[0] for dist in metadata.distributions(path=[sysconfig.get_path("purelib")])}
     checked = installed.keys() & LOCK.keys()
     assert {"torch", "mmcv", "mmdet3d", "mmengine", "nbdev", "nuscenes-devkit"} <= checked
     assert {name: (installed[name], LOCK[name]) for name in checked if installed[name] != LOCK[name]} == {}
