@@ -23,3 +23,13 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU: run `make test-gpu` on a machine that has one")
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def mmdet3d_scope():
+    """Look names up in mmdet3d's registries, whatever scope a run of an earlier test has left."""
+    try:
+        from mmengine.registry import init_default_scope
+    except ImportError:
+        return
+    init_default_scope("mmdet3d")
