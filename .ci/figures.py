@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import cv2
-import matplotlib.pyplot as plt
-import seaborn as sns
+
+from cmtaqr.engine.overfit import plot_overfit
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "nbs" / "figures"
@@ -14,13 +14,7 @@ FIGURES = ROOT / "nbs" / "figures"
 
 def overfit():
     result = json.loads((ROOT / "nbs/results/overfit_real_frame.json").read_text())
-    sns.set_theme(style="whitegrid")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
-    left.plot([point["iteration"] for point in result["loss"]], [point["loss"] for point in result["loss"]])
-    left.set(xlabel="iteration", ylabel="total loss", yscale="log")
-    right.plot([score["iteration"] for score in result["scores"]], [score["mAP"] for score in result["scores"]], "o-")
-    right.set(xlabel="iteration", ylabel="mAP on the frame", ylim=(0, 1))
-    figure.savefig(FIGURES / "overfit.png", dpi=80)
+    plot_overfit(result).savefig(FIGURES / "overfit.png", dpi=80)
 
 
 def demo():
