@@ -9,7 +9,7 @@ from cmtaqr.detector import sparse  # before mmdet3d's own modules, which take t
 
 # isort: split
 from cmtaqr.bias import AttentionBiasGenerator
-from cmtaqr.detector import branches, decoder, detector, head, image  # noqa: F401
+from cmtaqr.detector import branches, decoder, detector, head, image, vovnet  # noqa: F401
 from cmtaqr.router import AQRWeightGenerator
 
 for _module in (AQRWeightGenerator, AttentionBiasGenerator, sparse.LidarVoxelizer):
