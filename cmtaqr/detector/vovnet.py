@@ -80,7 +80,7 @@ class OSABlock(nn.Module):
             return checkpoint(self._aggregate, x, use_reentrant=False, preserve_rng_state=False)
         return self._aggregate(x)
 
-# %% ../../nbs/31a_vovnet.ipynb #58d5647d
+# %% ../../nbs/31a_vovnet.ipynb #4613d50b
 class OSAStage(nn.Sequential):
     """Blocks at one stride, after a halving of the map in all stages but the first.
 
@@ -99,12 +99,13 @@ class OSAStage(nn.Sequential):
         parts = [("Pooling", nn.MaxPool2d(3, 2, ceil_mode=True))] if number > 2 else []
         for b in range(num_blocks):
             name = f"OSA{number}_{b + 1}"
-            parts.append((name, OSABlock(name, out_channels if b else in_channels, inner_channels, out_channels, num_convs, norm_cfg,
-                                         residual=b > 0, with_cp=with_cp)))
+            block = OSABlock(name, out_channels if b else in_channels, inner_channels, out_channels, num_convs, norm_cfg,
+                             residual=b > 0, with_cp=with_cp)
+            parts.append((name, block))
         super().__init__(OrderedDict(parts))
 
-# %% ../../nbs/31a_vovnet.ipynb #5256dd14
-# Blocks per stage. All have stages of inner width 128, 160, 192, 224 and output width 256, 512, 768, 1024, and five convolutions per block.
+# %% ../../nbs/31a_vovnet.ipynb #4db482d0
+# Blocks per stage; the rest is common: widths within and at the end of the blocks of each stage, stem, convolutions per block.
 SPECS = {"V-39-eSE": (1, 1, 2, 2), "V-57-eSE": (1, 1, 4, 3), "V-99-eSE": (1, 3, 9, 3)}
 _INNER, _OUT, _STEM, _CONVS = (128, 160, 192, 224), (256, 512, 768, 1024), (64, 64, 128), 5
 
@@ -122,7 +123,7 @@ class VoVNetCP(BaseModule):
         with_cp (bool): Recompute the inside of every block in the backward pass. Statistics of normalisation that is not in eval
             mode then move twice per step.
         norm_cfg (dict): Normalisation.
-        init_cfg (dict | list | None): mmengine initialisation; Kaiming over the inputs by default, dict(type='Pretrained', ...) for a checkpoint.
+        init_cfg (dict | list | None): mmengine initialisation; Kaiming over the inputs by default.
 
     Raises:
         ValueError: If spec_name, an out_feature or frozen_stages does not exist.

@@ -1,4 +1,4 @@
-"""AdamW with CMT's cyclic schedule: in the first 40 % of the iterations each group's learning rate goes to 6 times its base,
+"""AdamW with CMT's cyclic schedule: in the first 40 % of the iterations each group's learning rate goes to `peak` times its base,
 then to 1e-4 of it, both along half a cosine; beta1 goes the other way. Written for 20 epochs; a run of another length
 (`epochs` or `max_iters`) stretches it, see nbs/52_runner.ipynb."""
 max_epochs = 20
@@ -7,7 +7,7 @@ peak = 6.0
 
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1.4e-4, weight_decay=0.01),
+    optimizer=dict(type="AdamW", lr=1e-4, weight_decay=0.01),
     clip_grad=dict(max_norm=35, norm_type=2),
     paramwise_cfg=dict(
         custom_keys={
@@ -40,4 +40,4 @@ param_scheduler = [
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-auto_scale_lr = dict(enable=False, base_batch_size=32)
+auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,10 +1,12 @@
-"""CMT with ResNet-50 on 800x320 images and 0.1 m voxels."""
+"""CMT in its largest form, LiDAR in voxels of 0.075 m and VoVNet-99 on 1600x640 images; other configs say what differs."""
 _base_ = ["./nuscenes.py"]
 
-# The range spans 1080 voxels, the declared grid 1024: released checkpoints have learnt it so, and voxels beyond are dropped.
-voxel_size = [0.1, 0.1, 0.2]
-grid_size = [1024, 1024, 40]
-sparse_shape = [41, 1024, 1024]
+input_size = (640, 1600)
+batch_size = 2  # per GPU
+
+voxel_size = [0.075, 0.075, 0.2]
+grid_size = [1440, 1440, 40]
+sparse_shape = [41, 1440, 1440]
 out_size_factor = 8
 hidden_dim = 256
 
@@ -17,10 +19,9 @@ model = dict(
     ),
     grid_mask_prob=0.7,
     img_backbone=dict(
-        type="mmdet.ResNet", depth=50, num_stages=4, out_indices=(2, 3), frozen_stages=-1,
-        norm_cfg=dict(type="BN", requires_grad=True), norm_eval=True, with_cp=True, style="pytorch",
+        type="VoVNetCP", spec_name="V-99-eSE", out_features=("stage4", "stage5"), frozen_stages=-1, norm_eval=True, with_cp=True,
     ),
-    img_neck=dict(type="CPFPN", in_channels=[1024, 2048], out_channels=hidden_dim, num_outs=2),
+    img_neck=dict(type="CPFPN", in_channels=[768, 1024], out_channels=hidden_dim, num_outs=2),
     pts_voxel_encoder=dict(
         type="LidarVoxelizer", voxel_size=voxel_size, point_cloud_range=_base_.point_cloud_range, max_num_points=10,
         max_voxels=(120000, 160000), sparse_shape=sparse_shape,
