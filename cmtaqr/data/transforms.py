@@ -6,7 +6,7 @@
 __all__ = ['LoadLidarPoints', 'LoadLidarSweeps', 'LoadCameraImages', 'image_matrix', 'resize_crop_flip', 'ResizeCropFlipImage',
            'GlobalRotScaleTransImage', 'RandomFlip3DImage', 'AssembleLidar2Img', 'ModalityMask']
 
-# %% ../../nbs/44_transforms.ipynb #8a9f5806
+# %% ../../nbs/44_transforms.ipynb #e0f435d4
 import copy
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from .. import detector  # before mmdet3d: it chooses the sparse library
 # isort: split
 from mmdet3d.datasets.transforms import GlobalRotScaleTrans, LoadPointsFromFile, LoadPointsFromMultiSweeps
 from mmdet3d.registry import TRANSFORMS
+from mmdet3d.structures.points import LiDARPoints
 from mmengine.logging import print_log
 
 from .files import read_image, read_points
@@ -172,7 +173,7 @@ class ResizeCropFlipImage(BaseTransform):
         results.update(img_shape=self.input_size, pad_shape=self.input_size, img_flip=bool(flip))
         return results
 
-# %% ../../nbs/44_transforms.ipynb #38f4a74a
+# %% ../../nbs/44_transforms.ipynb #4893fbe5
 def _move(results, matrix):
     if 'lidar2cam' in results:
         results['lidar2cam'] = results['lidar2cam'] @ np.linalg.inv(matrix)
@@ -181,17 +182,33 @@ def _move(results, matrix):
 
 @TRANSFORMS.register_module(force=True)
 class GlobalRotScaleTransImage(GlobalRotScaleTrans):
-    """mmdet3d's rotation, scale and translation of the scene, matrices included.
+    """mmdet3d's rotation, scale and translation of the scene: points (where there are any), boxes and matrices.
 
     Args:
         rot_range (tuple): Angle in radians.
         scale_ratio_range (tuple): Factor.
         translation_std (float | sequence): Standard deviation per axis in metres.
+        rotate_empty (bool): Rotate frames without boxes too. The released training does not.
     """
+
+    def __init__(self, rot_range, scale_ratio_range, translation_std, rotate_empty=True):
+        super().__init__(rot_range, scale_ratio_range, translation_std)
+        self.rotate_empty = rotate_empty
+
+    def _rot_bbox_points(self, results):
+        if self.rotate_empty or len(results.get('gt_bboxes_3d', ())):
+            super()._rot_bbox_points(results)
+        else:
+            results['pcd_rotation_angle'] = 0.0
 
     def transform(self, results):
         results.pop('pcd_scale_factor', None)    # a leftover would be taken instead of a new draw
+        without_points = 'points' not in results
+        if without_points:
+            results['points'] = LiDARPoints(torch.zeros(0, 3))    # mmdet3d takes points for granted
         results = super().transform(results)
+        if without_points:
+            del results['points']
         matrix, angle = np.eye(4), results['pcd_rotation_angle']
         matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
         matrix[:3, :3] *= results['pcd_scale_factor']
