@@ -6,10 +6,9 @@
 __all__ = ['CLASSES', 'SPLITS', 'sensor_pose', 'lidar_to_sensor', 'frame_info', 'camera_channels', 'check_files', 'make_infos',
            'main']
 
-# %% ../../nbs/43_nuscenes.ipynb #02c3d55a
+# %% ../../nbs/43_nuscenes.ipynb #d725c7c3
 import argparse
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from nuscenes.utils.splits import create_splits_scenes
 from pyquaternion import Quaternion
 from tqdm import tqdm
 
-from .files import jpeg_is_cut, read_image, read_points
+from .files import jpeg_is_cut, read_image, read_points, write_whole
 from .frames import NuScenesFrames, frame_dataset, require_root
 
 # %% ../../nbs/43_nuscenes.ipynb #91c796c7
@@ -163,13 +162,7 @@ def check_files(root, infos, mode='markers'):
     found = {root / name: _problem(root / name, mode) for name in tqdm(files, desc='checking files', mininterval=1)}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #b67991f6
-def _write(path, data):
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
-
-
+# %% ../../nbs/43_nuscenes.ipynb #b25ba5cb
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -220,8 +213,8 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
         raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them, or pass --check none to write anyway\n' + '\n'.join(problems))
     metainfo = dict(categories={name: i for i, name in enumerate(CLASSES)}, dataset='nuscenes', version=version, info_version='1.1')
     for split, path in paths.items():
-        _write(path, pickle.dumps(dict(metainfo=metainfo, data_list=infos[split])))
-    _write(stamp, json.dumps(source).encode())
+        write_whole(path, pickle.dumps(dict(metainfo=metainfo, data_list=infos[split])))
+    write_whole(stamp, json.dumps(source).encode())
     print(f'{len(infos["train"])} training and {len(infos["val"])} validation frames of {version} written to {root}')
     return paths
 
