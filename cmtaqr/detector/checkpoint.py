@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'LAYOUT_NAMES', 'safe_globals', 'Checkpoint', 'read_checkpoint', 'read_state_dict', 'weight_layouts',
-           'UnknownLayout', 'file_layout', 'in_our_layout', 'CheckpointMismatch', 'is_aqr', 'compare',
+           'UnknownLayout', 'file_layout', 'in_our_layout', 'sorted_out', 'CheckpointMismatch', 'is_aqr', 'compare',
            'load_checkpoint', 'main']
 
 # %% ../../nbs/38_checkpoint.ipynb #48221a9f
@@ -100,7 +100,7 @@ def read_state_dict(file):
     """Tensors of a checkpoint by name, see `read_checkpoint`."""
     return read_checkpoint(file).state
 
-# %% ../../nbs/38_checkpoint.ipynb #6d2966cd
+# %% ../../nbs/38_checkpoint.ipynb #38800c9b
 LAYOUTS = {"spconv2": (0, 1, 2, 3, 4), "spconv1": (4, 0, 1, 2, 3), "native": (3, 0, 1, 2, 4)}  # axes that lead to (out, z, y, x, in)
 LAYOUT_NAMES = {"spconv2": "(out, z, y, x, in) of spconv 2.x", "spconv1": "(z, y, x, in, out) of spconv 1.x and mmcv",
                 "native": "(z, y, x, out, in) of spconv 2.x, native algorithm"}
@@ -159,7 +159,16 @@ def in_our_layout(state, own, layout):
     convert = {key for key, names in weight_layouts(state, own).items() if layout in names}
     return {key: value.permute(LAYOUTS[layout]).contiguous() if key in convert else value for key, value in state.items()}
 
-# %% ../../nbs/38_checkpoint.ipynb #580191de
+
+def sorted_out(checkpoint, own, layout=None):
+    """Weights of a `Checkpoint` in (out, z, y, x, in), and the layout that they had; `file_layout`'s errors name the file."""
+    try:
+        layout = file_layout(checkpoint.state, own, checkpoint.versions, layout)
+    except UnknownLayout as error:
+        raise UnknownLayout(f"checkpoint {checkpoint.file}: {error}") from error
+    return in_our_layout(checkpoint.state, own, layout), layout
+
+# %% ../../nbs/38_checkpoint.ipynb #56af7cea
 class CheckpointMismatch(ValueError):
     """Weights of another model.
 
@@ -207,12 +216,8 @@ def load_checkpoint(model, file, layout=None):
         CheckpointMismatch: If keys or shapes differ; the model is unchanged. AQR keys may be missing, all together.
     """
     model = model.module if is_model_wrapper(model) else model
-    own, checkpoint = model.state_dict(), read_checkpoint(file)
-    try:
-        layout = file_layout(checkpoint.state, own, checkpoint.versions, layout)
-    except UnknownLayout as error:
-        raise UnknownLayout(f"checkpoint {file}: {error}") from error
-    state = in_our_layout(checkpoint.state, own, layout)
+    own = model.state_dict()
+    state, _ = sorted_out(read_checkpoint(file), own, layout)
     fresh = [] if any(map(is_aqr, state)) else [key for key in own if is_aqr(key)]
     missing, unexpected, shapes = compare(state, own)
     missing = [key for key in missing if key not in fresh]

@@ -6,7 +6,7 @@
 __all__ = ['MOME', 'build_model', 'explain', 'Fit', 'fit', 'module_of', 'module_table', 'inspect_checkpoint', 'mome_router',
            'convert_checkpoint']
 
-# %% ../../nbs/38a_convert.ipynb #84f8aab8
+# %% ../../nbs/38a_convert.ipynb #e6fa53ad
 import hashlib
 import os
 from collections import Counter, OrderedDict
@@ -25,7 +25,7 @@ from .. import detector  # before mmdet3d: it chooses the sparse library
 from mmdet3d.registry import MODELS
 
 from .checkpoint import (LAYOUT_NAMES, CheckpointMismatch, UnknownLayout, compare, file_layout, in_our_layout, is_aqr,
-                                        load_checkpoint, read_checkpoint, weight_layouts)
+                                        load_checkpoint, read_checkpoint, sorted_out, weight_layouts)
 
 # %% ../../nbs/38a_convert.ipynb #9ec0e4a7
 def _packaged():
@@ -222,7 +222,7 @@ def mome_router(state, router):
         raise ValueError(f"MoME's router does not fit that of the config: {wrong[0] if wrong else f'{router.num_heads} heads instead of {_MOME_HEADS}'}")
     return found
 
-# %% ../../nbs/38a_convert.ipynb #06f1d848
+# %% ../../nbs/38a_convert.ipynb #4865a295
 def _digest(file):
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
@@ -267,8 +267,7 @@ def convert_checkpoint(file, out, config, layout=None, seed=0, router_from_mome=
         raise ValueError(f"config {config} has no AQR: choose one that has, such as {', '.join(n for n in _packaged() if 'aqr' in n)}")
     if any(map(is_aqr, checkpoint.state)):
         raise ValueError(f"checkpoint {file} has AQR weights already: load it as it is")
-    layout = file_layout(checkpoint.state, own, checkpoint.versions, layout)
-    state = in_our_layout(checkpoint.state, own, layout)
+    state, layout = sorted_out(checkpoint, own, layout)
     missing, unexpected, shapes = compare(state, own)
     missing, foreign = [key for key in missing if not is_aqr(key)], [key for key in unexpected if not explain(key)]
     if missing or foreign or shapes:
