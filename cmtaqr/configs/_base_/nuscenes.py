@@ -23,13 +23,19 @@ augmentation = dict(
     flip_scene=0.5,
     drop_image=0.25,
     drop_lidar=0.25,
+    rotate_empty=True,  # the released training does not rotate frames without boxes
 )
+sensors = ["lidar", "camera"]  # one of them: the other's files are not read
+# One more variable, `paste`, is for children: a dict of what shall differ from the released recipe `cmtaqr.data.pipelines.PASTE` for pasting
+# objects of other frames, so `paste = dict()` is that recipe; None or absent pastes nothing. It is absent here because mmengine merges
+# no dict into None. Pasting needs the database of `python -m cmtaqr.data.database ROOT` and ends after `until` (75 %) of the run.
 batch_size = 4
 num_workers = 4
 cbgs = True
 
 settings = data_settings(
-    data_root, point_cloud_range, class_names, input_size, sweeps_num, augmentation, batch_size, num_workers, cbgs
+    data_root, point_cloud_range, class_names, input_size, sweeps_num, augmentation, batch_size, num_workers, cbgs,
+    sensors=sensors,
 )
 train_dataloader = settings["train_dataloader"]
 val_dataloader = settings["val_dataloader"]
