@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['grid_mask', 'CmtDetector']
 
-# %% ../../nbs/37_detector.ipynb #d10d318a
+# %% ../../nbs/37_detector.ipynb #978bc7fd
 import torch
 from mmdet3d.models.detectors import MVXTwoStageDetector
 from mmdet3d.registry import MODELS
+
+from .inputs import check_images, check_inputs
+from .precision import autocast, island
 
 # %% ../../nbs/37_detector.ipynb #a739754e
 def grid_mask(height, width, period, row_offset, col_offset, device=None):
@@ -33,7 +36,7 @@ def grid_mask(height, width, period, row_offset, col_offset, device=None):
 
     return on_stripe(height, row_offset)[:, None] | on_stripe(width, col_offset)
 
-# %% ../../nbs/37_detector.ipynb #81aaadca
+# %% ../../nbs/37_detector.ipynb #28237aab
 @MODELS.register_module(force=True)
 class CmtDetector(MVXTwoStageDetector):
     """CMT with or without AQR (Yan et al., ICCV 2023); modules that a form does not need are left out.
@@ -48,16 +51,21 @@ class CmtDetector(MVXTwoStageDetector):
         img_neck: Config of its neck, finest level first.
         grid_mask_prob: Probability of the grid mask in training.
         data_preprocessor: Config of `Det3DDataPreprocessor`.
+        test_precision: 'fp32', 'bf16' or 'fp16' for `predict`; training takes its precision from the optimiser's wrapper.
     """
 
+    image_stream = None  # set by `cmtaqr.detector.inference.accelerate`: the image branch then runs beside the LiDAR branch
+
     def __init__(self, pts_bbox_head, pts_voxel_encoder=None, pts_middle_encoder=None, pts_backbone=None, pts_neck=None,
-                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, init_cfg=None):
+                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision="fp32", init_cfg=None):
         super().__init__(
             pts_voxel_encoder=pts_voxel_encoder, pts_middle_encoder=pts_middle_encoder, pts_backbone=pts_backbone,
             pts_neck=pts_neck, img_backbone=img_backbone, img_neck=img_neck, data_preprocessor=data_preprocessor,
             init_cfg=init_cfg)
         self.pts_bbox_head = MODELS.build(pts_bbox_head)
-        self.grid_mask_prob = grid_mask_prob
+        self.data_preprocessor.register_forward_pre_hook(check_images)
+        self.grid_mask_prob, self.test_precision = grid_mask_prob, test_precision
+        autocast("cpu", test_precision)  # an unknown name stops here
 
     def extract_img_feat(self, imgs):
         """Normalised images [B, V, 3, H, W] -> finest level [B*V, C, h, w]; None without images."""
@@ -77,9 +85,12 @@ class CmtDetector(MVXTwoStageDetector):
         """B tensors [N, 5] of points -> BEV map [B, C, h, w]; None without points."""
         if points is None or not hasattr(self, "pts_voxel_encoder"):
             return None
-        with torch.autocast(points[0].device.type, enabled=False):
-            bev = self.pts_middle_encoder(*self.pts_voxel_encoder(points))
-        return self.pts_neck(self.pts_backbone(bev))[0]
+        return self.pts_neck(self.pts_backbone(self.sparse_map(points)))[0]
+
+    @island("sparse encoder")
+    def sparse_map(self, points):
+        """B tensors [N, 5] of points -> map [B, C, h, w] of the sparse encoder."""
+        return self.pts_middle_encoder(*self.pts_voxel_encoder(points))
 
     def extract_feat(self, inputs, samples):
         """Features of a batch.
@@ -91,11 +102,20 @@ class CmtDetector(MVXTwoStageDetector):
         Returns:
             BEV map [B, C, h, w] or None, image map [B*V, C, h, w] or None.
         """
-        imgs = inputs.get("imgs")
+        imgs, encoder = inputs.get("imgs"), getattr(self, "pts_middle_encoder", None)
+        check_inputs(inputs.get("points"), imgs, [sample.metainfo for sample in samples], getattr(encoder, "in_channels", None))
         if imgs is not None:
             for sample in samples:
                 sample.set_metainfo(dict(batch_input_shape=tuple(imgs.shape[-2:])))
-        return self.extract_pts_feat(inputs.get("points")), self.extract_img_feat(imgs)
+        if self.image_stream is None or imgs is None:
+            return self.extract_pts_feat(inputs.get("points")), self.extract_img_feat(imgs)
+        current = torch.cuda.current_stream(imgs.device)
+        self.image_stream.wait_stream(current)
+        with torch.cuda.stream(self.image_stream):
+            img_feat = self.extract_img_feat(imgs)
+        pts_feat = self.extract_pts_feat(inputs.get("points"))
+        current.wait_stream(self.image_stream)
+        return pts_feat, img_feat
 
     def loss(self, inputs, samples, **kwargs):
         """Losses of a batch, see `CmtHead.loss`."""
@@ -103,7 +123,9 @@ class CmtDetector(MVXTwoStageDetector):
 
     def predict(self, inputs, samples, **kwargs):
         """The samples with `pred_instances_3d`, see `CmtHead.predict`."""
-        return self.add_pred_to_datasample(samples, self.pts_bbox_head.predict(*self.extract_feat(inputs, samples), samples))
+        with autocast(next(self.parameters()).device, self.test_precision):
+            found = self.pts_bbox_head.predict(*self.extract_feat(inputs, samples), samples)
+        return self.add_pred_to_datasample(samples, found)
 
     def _forward(self, inputs, samples, **kwargs):
         """Raw output of the head."""

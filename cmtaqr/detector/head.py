@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CmtHead']
 
-# %% ../../nbs/36_head.ipynb #f1d38618
+# %% ../../nbs/36_head.ipynb #31024db2
 import math
 
 import torch
@@ -20,21 +20,19 @@ from torch import nn
 from .branches import BRANCHES, SeparateTaskHead, decode_predictions, ground_truth, image_size, stack_lidar2img
 from .denoising import make_denoising
 from .losses import LossSettings, denoising_loss, encode_boxes, set_loss
-from .tokens import bev_coords, camera_rays, clamp_anchors, inverse_sigmoid, query_rays, sine_embedding
+from .positions import PositionMixin
+from .precision import island
+from .sparse import device_constant
+from .tokens import camera_matrices, clamp_anchors, inverse_sigmoid
 from ..geometry import TokenLayout, query_windows
 
-# %% ../../nbs/36_head.ipynb #70f603ea
-def _fp32(x):
-    """Context in which autocast is off for the device of `x`."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
+# %% ../../nbs/36_head.ipynb #6f3727ff
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #d7ff0171
+# %% ../../nbs/36_head.ipynb #e9b5fdec
 @MODELS.register_module(force=True)
-class CmtHead(BaseModule):
+class CmtHead(PositionMixin, BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
 
     Args:
@@ -103,56 +101,36 @@ class CmtHead(BaseModule):
         if self.with_aqr:
             self._start_weights()
 
-    def _lidar_tokens(self, pts_feat):
-        """BEV feature [B, c, h, w] -> values and positions [B, h*w, C], (h, w)."""
-        expected = (self.grid_size[1] // self.stride, self.grid_size[0] // self.stride)
-        if tuple(pts_feat.shape[-2:]) != expected:
-            raise ValueError(f"BEV feature is {tuple(pts_feat.shape[-2:])}, grid_size {tuple(self.grid_size)} with "
-                             f"out_size_factor {self.stride} means {expected} (rows, columns)")
-        value = self.shared_conv(pts_feat.float()).flatten(2).transpose(1, 2)
-        coords = bev_coords(self.grid_size, self.stride, value.device)
-        pos = self.bev_embedding(sine_embedding(coords, self.hidden_dim))
-        return value, pos.expand_as(value), expected
-
-    def _camera_tokens(self, img_feat, lidar2img, size):
-        """Image features [B*V, C, h, w] -> values and positions [B, V*h*w, C], (V, h, w)."""
-        batch, views = lidar2img.shape[:2]
-        if len(img_feat) != batch * views or img_feat.shape[1] != self.hidden_dim:
-            raise ValueError(f"image feature is {tuple(img_feat.shape)}, expected [{batch} samples * {views} views, "
-                             f"{self.hidden_dim}, h, w]")
-        shape = tuple(img_feat.shape[-2:])
-        rays = camera_rays(lidar2img, shape, size, self.point_cloud_range, self.depth_num, img_feat.device)
-        value = img_feat.float().unflatten(0, (batch, views)).permute(0, 1, 3, 4, 2).flatten(1, 3)
-        return value, self.rv_embedding(rays).flatten(1, 3), (views, *shape)
-
-    def query_embedding(self, anchors, lidar2img=None, size=None):
-        """Position embedding of queries.
-
-        Args:
-            anchors: [B, Q, 3] pulled into the cube.
-            lidar2img: [B, V, 4, 4] float64, or None when the batch has no images.
-            size: (H, W) of the network input.
+    def tokens(self, pts_feat, img_feat, views=None):
+        """Both features as one list: BEV cells row by row, then image cells by view, row and column.
 
         Returns:
-            [B, Q, C]: BEV part plus the sum of the ray embeddings of the views that see the query.
+            [B, K, C] values, and their `TokenLayout`.
+
+        Raises:
+            ValueError: A shape does not fit the declared grid, the channels or the number of views per sample.
         """
-        pos = self.bev_embedding(sine_embedding(anchors, self.hidden_dim))
-        if lidar2img is None:
-            return pos
-        vectors, visible = query_rays(anchors, lidar2img, size, self.point_cloud_range, self.depth_num)
-        sample, view, query = visible.nonzero(as_tuple=True)
-        rays = self.rv_embedding(vectors[sample, view, query])
-        return pos + torch.zeros_like(pos).index_put((sample, query), rays, accumulate=True)
+        parts, lidar, camera = [], None, None
+        if pts_feat is not None:
+            lidar, expected = tuple(pts_feat.shape[-2:]), (self.grid_size[1] // self.stride, self.grid_size[0] // self.stride)
+            if lidar != expected:
+                raise ValueError(f"BEV feature is {lidar}, grid_size {tuple(self.grid_size)} with out_size_factor {self.stride} "
+                                 f"means {expected} (rows, columns)")
+            parts.append(self.shared_conv(pts_feat).flatten(2).transpose(1, 2))
+        if img_feat is not None:
+            if len(img_feat) % views or img_feat.shape[1] != self.hidden_dim or parts and len(parts[0]) != len(img_feat) // views:
+                batch = len(parts[0]) if parts else "B"
+                raise ValueError(f"image feature is {tuple(img_feat.shape)}, expected [{batch} samples * {views} views, "
+                                 f"{self.hidden_dim}, h, w]")
+            camera = (views, *img_feat.shape[-2:])
+            parts.append(img_feat.unflatten(0, (-1, views)).permute(0, 1, 3, 4, 2).flatten(1, 3))
+        return torch.cat(parts, 1), TokenLayout(lidar, camera)
 
-    def metres(self, anchors):
-        """Anchors [..., 3] in [0, 1] to metres in the LiDAR frame."""
-        low, high = anchors.new_tensor(self.point_cloud_range).view(2, 3)
-        return anchors * (high - low) + low
-
-    def _predict_branches(self, decoded, anchors):
+    @island("boxes")
+    def boxes(self, decoded, anchors):
         """[L, B, Q, C] -> per task a dict of [L, B, Q, c]; center and height bounded to the range, in metres."""
-        offset, outputs = inverse_sigmoid(anchors), []
-        low, high = anchors.new_tensor(self.point_cloud_range).view(2, 3)
+        offset, outputs, decoded = inverse_sigmoid(anchors), [], torch.nan_to_num(decoded)
+        low, high = device_constant(self.point_cloud_range, anchors.device).view(2, 3)
         for head in self.task_heads:
             out = head(decoded)
             out["center"] = (out["center"] + offset[..., :2]).sigmoid() * (high - low)[:2] + low[:2]
@@ -180,40 +158,41 @@ class CmtHead(BaseModule):
         feature = pts_feat if pts_feat is not None else img_feat
         if feature is None:
             raise ValueError("no sensor left: pts_feat and img_feat are both None")
-        lidar2img, size = (stack_lidar2img(metas), image_size(metas)) if img_feat is not None else (None, None)
-        with _fp32(feature):
-            parts = [] if pts_feat is None else [self._lidar_tokens(pts_feat)]
-            if img_feat is not None:
-                parts.append(self._camera_tokens(img_feat, lidar2img, size))
-            memory, memory_pos = (torch.cat(x, 1) for x in list(zip(*parts))[:2])
-            layout = TokenLayout(None if pts_feat is None else parts[0][2], None if img_feat is None else parts[-1][2])
-            anchors, dn = self.reference_points.weight.expand(len(memory), -1, -1), None
-            if gt is not None and self.denoising is not None:
-                dn = make_denoising(*gt, self.num_query, sum(self.tasks), self.point_cloud_range, split=self.settings.dn_split,
-                                    **self.denoising)
-            if dn is not None:
-                anchors = torch.cat([dn.anchors, anchors], 1)
-            inside = clamp_anchors(anchors)
-            query_pos = self.query_embedding(inside, lidar2img, size)
+        matrices = size = None
+        if img_feat is not None:
+            matrices, size = camera_matrices(stack_lidar2img(metas), feature.device), image_size(metas)
+        memory, layout = self.tokens(pts_feat, img_feat, matrices and matrices.forward.shape[1])
+        anchors, dn = self.reference_points.weight.expand(len(memory), -1, -1), None
+        if gt is not None and self.denoising is not None:
+            dn = make_denoising(*gt, self.num_query, sum(self.tasks), self.point_cloud_range, split=self.settings.dn_split,
+                                **self.denoising)
+        if dn is not None:
+            anchors = torch.cat([dn.anchors, anchors], 1)
+        memory_pos, query_pos = self.positions(anchors, layout, matrices, size)
         aqr = None
         if self.with_aqr:
-            aqr = self._aqr(query_pos, memory, memory_pos, self.metres(inside.detach()), layout, lidar2img, size)
+            points, windows = self.windows(anchors, layout, matrices, size)
+            weights = self.aqr_router(query_pos, memory, memory_pos, windows)
+            aqr = dict(weights=weights, bias=self.bias(weights, windows), windows=windows, points=points)
         decoded = self.transformer(memory, memory_pos, query_pos, dn and dn.mask, aqr and aqr["bias"])
-        with _fp32(feature):
-            tasks = self._predict_branches(torch.nan_to_num(decoded.float()), anchors)
+        tasks = self.boxes(decoded, anchors)
         if dn is None:
             return dict(tasks=tasks, dn_tasks=None, dn=None, aqr=aqr)
         split = [{k: (v[:, :, : dn.num_slots], v[:, :, dn.num_slots :]) for k, v in task.items()} for task in tasks]
         dn_tasks, tasks = ([{k: v[i] for k, v in task.items()} for task in split] for i in (0, 1))
         return dict(tasks=tasks, dn_tasks=dn_tasks, dn=dn, aqr=aqr)
 
-    def _aqr(self, query_pos, memory, memory_pos, points, layout, lidar2img, size):
-        """Weights and bias of every query, from the tokens around its own projections."""
-        matrices = None if lidar2img is None else lidar2img.to(points.device)
-        windows = query_windows(points, matrices, size, layout, self.point_cloud_range, self.cell_size,
-                                self.aqr_bias.window_sizes, self.views)
-        weights = self.aqr_router(query_pos, memory, memory_pos, windows)
-        return dict(weights=weights, bias=self.aqr_bias(weights, windows), windows=windows, points=points)
+    @island("windows")
+    def windows(self, anchors, layout, matrices=None, size=None):
+        """Reference points [B, Q, 3] in metres and the `Windows` around their projections."""
+        points = self.metres(clamp_anchors(anchors.detach()))
+        return points, query_windows(points, matrices and matrices.exact, size, layout, self.point_cloud_range, self.cell_size,
+                                     self.aqr_bias.window_sizes, self.views)
+
+    @island("bias")
+    def bias(self, weights, windows):
+        """`LocalBias` of the router's weights [B, Q, 2]."""
+        return self.aqr_bias(weights, windows)
 
     def loss(self, pts_feat, img_feat, samples):
         """Losses of a batch.
@@ -226,11 +205,10 @@ class CmtHead(BaseModule):
             dict of scalars: loss_cls, loss_bbox, dn_loss_cls, dn_loss_bbox for the last layer, with prefix `d{i}.` for layer
             i before it.
         """
-        boxes, labels = ground_truth(samples, self.reference_points.weight.device)
-        out = self(pts_feat, img_feat, [s.metainfo for s in samples], gt=(boxes, labels))
-        with _fp32(boxes[0]):
-            return self.loss_by_feat(out, boxes, labels)
+        boxes, labels = ground_truth(samples, self.reference_points.weight.device, sum(self.tasks))
+        return self.loss_by_feat(self(pts_feat, img_feat, [s.metainfo for s in samples], gt=(boxes, labels)), boxes, labels)
 
+    @island("losses")
     def loss_by_feat(self, out, boxes, labels):
         """`loss` from the result of `forward`; boxes with gravity centre."""
         dn, losses, last, first = out["dn"], {}, len(self.transformer.decoder.layers) - 1, 0
@@ -271,6 +249,7 @@ class CmtHead(BaseModule):
         metas = [s.metainfo for s in samples]
         return self.predict_by_feat(self(pts_feat, img_feat, metas), metas)
 
+    @island("decoding")
     def predict_by_feat(self, out, metas):
         """`predict` from the result of `forward`."""
         results = []
