@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AQRWeightGenerator']
 
-# %% ../nbs/20_router.ipynb #9f758755
+# %% ../nbs/20_router.ipynb #8921425b
 import torch
 from torch import Tensor, nn
 
-from .attention.reference import window_attention_reference
+from .attention.window import window_attention
 from .geometry import Windows, _window_pair
 
-# %% ../nbs/20_router.ipynb #cf6af082
+# %% ../nbs/20_router.ipynb #26b342f6
 class AQRWeightGenerator(nn.Module):
     """One layer of window attention that gives each query a LiDAR and a camera weight.
 
@@ -77,7 +77,7 @@ class AQRWeightGenerator(nn.Module):
         kind = torch.cat([self.type_embedding[m].expand(size, -1) for m, size in zip(layout.modality, sizes)])
         value = memory + kind
         q, k, v = self.q_proj(query_pos), self.k_proj(value + memory_pos), self.v_proj(value)
-        seen = window_attention_reference(self._split(q), self._split(k), self._split(v), windows.resized(self.window_sizes))
+        seen = window_attention(self._split(q), self._split(k), self._split(v), windows.resized(self.window_sizes))
         x = self.norm1(query_pos + self.dropout(self.out_proj(seen.transpose(1, 2).flatten(2))))
         x = self.norm2(x + self.dropout(self.ffn(x)))
         logits = self.to_weights(x)
