@@ -101,7 +101,7 @@ def hidden_points(xyz, corners, lidar2img, shapes):
             hidden |= (point[:, 2] > far) & (pixel >= rectangle[:2]).all(1) & (pixel < rectangle[2:]).all(1)
     return hidden
 
-# %% ../../nbs/46a_paste.ipynb #3ed137dd
+# %% ../../nbs/46a_paste.ipynb #329695d1
 TARGETS = dict(car=2, truck=3, construction_vehicle=7, bus=4, trailer=6, barrier=2, motorcycle=6, bicycle=6, pedestrian=2, traffic_cone=2)
 
 
@@ -154,7 +154,9 @@ class PatchDatabaseSampler(DataBaseSampler):
             if missing > 0:
                 if name not in self.sampler_dict:
                     self.sampler_dict[name] = BatchSampler(self.db_infos[name], name)
-                drawn += self.sample_class_v2(name, missing, occupied)
+                fitting = self.sample_class_v2(name, missing, occupied)
+                # mmdet3d sees no collision between boxes that coincide: an object of this very frame
+                drawn += [entry for entry in fitting if not (np.abs(occupied[:, :2] - entry['box3d_lidar'][:2]) < 1e-3).all(1).any()]
                 occupied = np.concatenate([gt_bboxes, *(entry['box3d_lidar'][None] for entry in drawn)])
         return drawn
 
@@ -168,7 +170,7 @@ class PatchDatabaseSampler(DataBaseSampler):
         """Patch [h, w, 3] uint8 of an entry, or None if it has none."""
         return read_image(Path(self.data_root) / entry['patch_path']) if entry.get('patch_path') else None
 
-# %% ../../nbs/46a_paste.ipynb #bc9c1f23
+# %% ../../nbs/46a_paste.ipynb #820ad643
 @TRANSFORMS.register_module(force=True)
 class PasteObjects(ObjectSample):
     """Pastes objects of other frames into points, boxes, labels and images. The defaults are the released recipe.
@@ -191,6 +193,10 @@ class PasteObjects(ObjectSample):
         self._off = torch.zeros((), dtype=torch.bool).share_memory_()
         super().__init__(dict(type='PatchDatabaseSampler', data_root=data_root, classes=classes, info_path=info_path, targets=targets, min_points=min_points))
         self.mixup, self.restore_originals, self.remove_hidden_points, self.until = mixup, restore_originals, remove_hidden_points, until
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._off.share_memory_()    # a copy (mmengine copies datasets) is not shared yet; in a spawned process it is
 
     @property
     def disabled(self):

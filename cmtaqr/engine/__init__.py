@@ -4,6 +4,7 @@ try:
 except ImportError as error:
     raise ImportError('cmtaqr.engine needs mmengine: pip install "cmtaqr[detector]"') from error
 
+from cmtaqr.engine.fade import PasteFadeHook
 from cmtaqr.engine.hooks import HistoryHook, ProgressHook, ScaleHook
 
-__all__ = ["HistoryHook", "ProgressHook", "ScaleHook"]
+__all__ = ["HistoryHook", "PasteFadeHook", "ProgressHook", "ScaleHook"]

@@ -1,6 +1,9 @@
 """How a run behaves: hooks, logs, seeds. Values that a run can change are parameters, see nbs/50_parameters.ipynb."""
 default_scope = "mmdet3d"
-custom_imports = dict(imports=["cmtaqr.detector", "cmtaqr.data.frames", "cmtaqr.data.transforms", "cmtaqr.engine"], allow_failed_imports=False)
+custom_imports = dict(
+    imports=["cmtaqr.detector", "cmtaqr.data.frames", "cmtaqr.data.transforms", "cmtaqr.data.paste", "cmtaqr.engine"],
+    allow_failed_imports=False,
+)
 
 default_hooks = dict(
     runtime_info=dict(type="RuntimeInfoHook"),
@@ -14,6 +17,7 @@ custom_hooks = [
     dict(type="ScaleHook"),
     dict(type="HistoryHook"),
     dict(type="ProgressHook"),
+    dict(type="PasteFadeHook"),  # does nothing where the config does not paste
 ]
 
 env_cfg = dict(
