@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'LIST', 'STAMP', 'ObjectRecord', 'build_database', 'main']
 
-# %% ../../nbs/46_database.ipynb #3a8d8580
+# %% ../../nbs/46_database.ipynb #98c5501c
 import argparse
 import hashlib
 import json
@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .files import write_whole
+from .files import begin_work, end_work, remembers, write_whole
 from .frames import require_root
 from .objects import CLASSES, choose_camera, cut_points, image_matrices, image_rectangles, object_boxes, read_frame
 
@@ -56,7 +56,7 @@ class ObjectRecord(TypedDict):
     camera: str | None
     patch_box: tuple | None
 
-# %% ../../nbs/46_database.ipynb #65c113ad
+# %% ../../nbs/46_database.ipynb #b739b88f
 def _build_frame(root, scratch, info, patch, sweeps):
     """Files of one frame's objects; returns its problems."""
     points, images, problems = read_frame(root, info, sweeps)
@@ -64,20 +64,20 @@ def _build_frame(root, scratch, info, patch, sweeps):
         return problems
     (names, boxes), cameras = object_boxes(info), list(info['images'])
     rectangles = image_rectangles(boxes, image_matrices(info), [image.shape[:2] for image in images])
-    chosen, entries = choose_camera(rectangles, patch), []
+    chosen, records = choose_camera(rectangles, patch), []
     for index, own in enumerate(cut_points(points, boxes)):
         stem, view = f'{info["sample_idx"]}_{names[index]}_{index}', chosen[index]
         own.tofile(scratch / 'objects' / f'{stem}.bin')
-        entry = ObjectRecord(
+        record = ObjectRecord(
             name=names[index], path=f'{FOLDER}/{stem}.bin', image_idx=info['sample_idx'], gt_idx=index, box3d_lidar=boxes[index],
             num_points_in_gt=len(own), difficulty=0, group_id=-1, patch_path=None, camera=None, patch_box=None)
         if view >= 0:
             x0, y0, x1, y1 = box = tuple(rectangles[view, index].tolist())
-            if not cv2.imwrite(str(scratch / 'objects' / f'{stem}.png'), images[view][y0:y1, x0:x1]):
+            if not cv2.imwrite(str(scratch / 'objects' / f'{stem}.png'), images[view][y0:y1, x0:x1], [cv2.IMWRITE_PNG_COMPRESSION, 3]):
                 raise OSError(f'{scratch / "objects" / stem}.png cannot be written: is the disk full?')
-            entry.update(patch_path=f'{FOLDER}/{stem}.png', camera=cameras[view], patch_box=box)
-        entries.append(entry)
-    write_whole(scratch / 'frames' / f'{info["sample_idx"]}.pkl', pickle.dumps(entries))
+            record.update(patch_path=f'{FOLDER}/{stem}.png', camera=cameras[view], patch_box=box)
+        records.append(record)
+    write_whole(scratch / 'frames' / f'{info["sample_idx"]}.pkl', pickle.dumps(records))
     return []
 
 # %% ../../nbs/46_database.ipynb #850831a0
@@ -110,38 +110,24 @@ def _build_frames(root, scratch, infos, patch, sweeps, workers, progress):
                 pool.shutdown(cancel_futures=True)
     return list(dict.fromkeys(line for number in sorted(problems) for line in problems[number]))
 
-# %% ../../nbs/46_database.ipynb #a3bde35f
-def _collect(scratch, numbers):
-    """The final list out of those of the frames."""
-    objects, groups = {name: [] for name in CLASSES}, 0
-    for number in numbers:
-        for entry in pickle.loads((scratch / 'frames' / f'{number}.pkl').read_bytes()):
-            objects[entry['name']].append(dict(entry, group_id=groups))
-            groups += 1
-    write_whole(scratch / LIST, pickle.dumps(objects))
-
-
-def _publish(root, scratch):
-    """Move a complete database to its place; goes on where it was interrupted."""
+# %% ../../nbs/46_database.ipynb #1faf4924
+def _publish(root, scratch, source, numbers):
+    """Put a complete database in its place; the next run repeats this if it is interrupted."""
     if (scratch / 'objects').is_dir():
         (root / LIST).unlink(missing_ok=True)    # first, since it names files that go now
         if (root / FOLDER).is_dir():
             shutil.rmtree(root / FOLDER)
         os.replace(scratch / 'objects', root / FOLDER)
-    write_whole(root / STAMP, (scratch / 'source.json').read_bytes())
-    os.replace(scratch / LIST, root / LIST)
-    _discard(scratch)
+    objects, groups = {name: [] for name in CLASSES}, 0
+    for number in numbers:
+        for record in pickle.loads((scratch / 'frames' / f'{number}.pkl').read_bytes()):
+            objects[record['name']].append(dict(record, group_id=groups))
+            groups += 1
+    write_whole(root / STAMP, json.dumps(source).encode())
+    write_whole(root / LIST, pickle.dumps(objects))
+    end_work(scratch)
 
-
-def _discard(scratch):
-    (scratch / 'source.json').unlink(missing_ok=True)    # first, so that nobody goes on with what is left of it
-    shutil.rmtree(scratch, ignore_errors=True)
-
-# %% ../../nbs/46_database.ipynb #4eb23e6c
-def _same(path, source):
-    return path.is_file() and json.loads(path.read_text()) == source
-
-
+# %% ../../nbs/46_database.ipynb #fd7b926a
 def build_database(root, patch='largest', sweeps=10, workers=None, force=False, progress=True):
     """Write the database of a nuScenes root's training frames; goes on where an interrupted run stopped, does nothing if it is up to date.
 
@@ -154,7 +140,7 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
         progress (bool): Show a progress bar.
 
     Returns:
-        Path: The list of objects, see the module's docstring.
+        Path: The list of objects, a dict of class names to lists of `ObjectRecord`.
 
     Raises:
         FileNotFoundError: If the root or its info file is missing.
@@ -172,27 +158,21 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
         while block := file.read(1 << 20):
             digest.update(block)
         source = dict(infos=digest.hexdigest(), patch=patch, sweeps=sweeps, format=1)
-        if not force and (root / LIST).is_file() and _same(root / STAMP, source):
+        if not force and (root / LIST).is_file() and remembers(root / STAMP, source):
             print(f'object database in {root} is up to date')
-            _discard(scratch)
+            end_work(scratch)
             return root / LIST
         file.seek(0)
         infos = pickle.load(file)['data_list']
-    if not _same(scratch / 'source.json', source) or not ((scratch / 'objects').is_dir() or (scratch / LIST).is_file()):
-        foreign = [name for name in (FOLDER, LIST) if (root / name).exists()]
-        if foreign and not force and not (root / STAMP).is_file():
-            raise FileExistsError(f'{" and ".join(foreign)} in {root} were made by another program: move them away, or pass --force to replace them')
-        _discard(scratch)
-        for name in ('objects', 'frames'):
-            (scratch / name).mkdir(parents=True)
-        write_whole(scratch / 'source.json', json.dumps(source).encode())
-    if not (scratch / LIST).is_file():
-        problems = _build_frames(root, scratch, infos, patch, sweeps, workers, progress)
-        if problems:
-            raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
-                             'it keeps the frames that are done\n' + '\n'.join(problems))
-        _collect(scratch, [info['sample_idx'] for info in infos])
-    _publish(root, scratch)
+    foreign = [name for name in (FOLDER, LIST) if (root / name).exists()]
+    if foreign and not force and not (root / STAMP).is_file() and not (scratch / 'source.json').is_file():
+        raise FileExistsError(f'{" and ".join(foreign)} in {root} were made by another program: move them away, or pass --force to replace them')
+    begin_work(scratch, source, ('objects', 'frames'))
+    problems = _build_frames(root, scratch, infos, patch, sweeps, workers, progress)
+    if problems:
+        raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
+                         'it keeps the frames that are done\n' + '\n'.join(problems))
+    _publish(root, scratch, source, [info['sample_idx'] for info in infos])
     print(f'objects of {len(infos)} training frames written to {root}')
     return root / LIST
 

@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SPLITS', 'sensor_pose', 'lidar_to_sensor', 'frame_info', 'camera_channels', 'check_files', 'make_infos',
            'main']
 
-# %% ../../nbs/43_nuscenes.ipynb #d725c7c3
+# %% ../../nbs/43_nuscenes.ipynb #b7d2fa55
 import argparse
 import json
 import pickle
@@ -21,7 +21,7 @@ from nuscenes.utils.splits import create_splits_scenes
 from pyquaternion import Quaternion
 from tqdm import tqdm
 
-from .files import jpeg_is_cut, read_image, read_points, write_whole
+from .files import begin_work, end_work, jpeg_is_cut, read_image, read_points, remembers, write_whole
 from .frames import NuScenesFrames, frame_dataset, require_root
 
 # %% ../../nbs/43_nuscenes.ipynb #91c796c7
@@ -46,7 +46,7 @@ def lidar_to_sensor(nusc, lidar, sample_data):
     lidar2ego, lidar_ego2global = sensor_pose(nusc, lidar)
     return np.linalg.solve(ego2global @ sensor2ego, lidar_ego2global @ lidar2ego)
 
-# %% ../../nbs/43_nuscenes.ipynb #81833c29
+# %% ../../nbs/43_nuscenes.ipynb #ff52d4bb
 CLASSES = NuScenesFrames.METAINFO['classes']
 SPLITS = {'v1.0-mini': ('mini_train', 'mini_val'), 'v1.0-trainval': ('train', 'val')}
 
@@ -66,7 +66,7 @@ def _instances(nusc, sample, lidar):
             bbox_3d=[float(x) for x in (*box.center, length, width, height, box.orientation.yaw_pitch_roll[0])],
             bbox_3d_isvalid=annotation['num_lidar_pts'] + annotation['num_radar_pts'] > 0,
             num_lidar_pts=annotation['num_lidar_pts'], num_radar_pts=annotation['num_radar_pts'],
-            velocity=(rotation.T @ nusc.box_velocity(token))[:2].tolist()))
+            velocity=(rotation.T @ [*nusc.box_velocity(token)[:2], 0])[:2].tolist()))
     return instances
 
 # %% ../../nbs/43_nuscenes.ipynb #957946e6
@@ -121,7 +121,7 @@ def camera_channels(nusc):
     channels = {record['channel'] for record in nusc.sensor if record['modality'] == 'camera'}
     return sorted(channels, key=lambda name: (rig.index(name) if name in rig else len(rig), name))
 
-# %% ../../nbs/43_nuscenes.ipynb #4be412b1
+# %% ../../nbs/43_nuscenes.ipynb #f0090420
 def _problem(path, mode):
     if not path.is_file():
         return 'missing'
@@ -159,10 +159,10 @@ def check_files(root, infos, mode='markers'):
         files['samples/LIDAR_TOP/' + info['lidar_points']['lidar_path']] = None
         files.update({sweep['lidar_points']['lidar_path']: None for sweep in info['lidar_sweeps']})
         files.update({f'samples/{name}/{image["img_path"]}': None for name, image in info['images'].items()})
-    found = {root / name: _problem(root / name, mode) for name in tqdm(files, desc='checking files', mininterval=1)}
+    found = {root / name: _problem(root / name, mode) for name in files}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #b25ba5cb
+# %% ../../nbs/43_nuscenes.ipynb #42002cb0
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -175,14 +175,24 @@ def _find_version(root, version):
     return version
 
 
+def _scene_infos(nusc, scene, cameras, max_sweeps, bar):
+    infos, token = [], scene['first_sample_token']
+    while token:
+        sample = nusc.get('sample', token)
+        infos.append(frame_info(nusc, sample, cameras, max_sweeps))
+        bar.update()
+        token = sample['next']
+    return infos
+
+
 def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
-    """Write the info files of a nuScenes root; does nothing if they are up to date.
+    """Write the info files of a nuScenes root; goes on where an interrupted run stopped, does nothing if they are up to date.
 
     Args:
         root (str | Path): Data root with a folder `v1.0-mini` or `v1.0-trainval`.
         version (str): Which, if the root has both.
         max_sweeps (int): Most earlier LiDAR measurements per frame.
-        check (str): `'markers'`, `'decode'` (see `check_files`) or `'none'`.
+        check (str | dict): `'markers'`, `'decode'` (see `check_files`) or `'none'`; or one of them for each of `train` and `val`.
         force (bool): Write even if up to date.
 
     Returns:
@@ -190,46 +200,66 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
 
     Raises:
         FileNotFoundError: If the root or the tables are missing.
-        ValueError: If files that the tables name are missing or broken; the message lists them, nothing is written.
+        ValueError: If files that the tables name are missing or broken; the message lists them, no info file is written.
     """
     root, version = Path(root), _find_version(root, version)
     paths = {split: root / f'nuscenes_infos_{split}.pkl' for split in ('train', 'val')}
+    modes = check if isinstance(check, dict) else dict.fromkeys(paths, check)
     tables = {table.name: [table.stat().st_size, table.stat().st_mtime_ns] for table in sorted((root / version).glob('*.json'))}
-    source = dict(version=version, max_sweeps=max_sweeps, check=check, tables=tables, format='1.1')
-    stamp = root / 'nuscenes_infos.json'
-    if not force and stamp.is_file() and json.loads(stamp.read_text()) == source and all(path.is_file() for path in paths.values()):
+    source = dict(version=version, max_sweeps=max_sweeps, check=modes, tables=tables, format='1.1')
+    stamp, scratch = root / 'nuscenes_infos.json', root / '.nuscenes_infos'
+    if not force and remembers(stamp, source) and all(path.is_file() for path in paths.values()):
         print(f'info files in {root} are up to date')
         return paths
     nusc = NuScenes(version, str(root), verbose=False)
-    cameras, scenes = camera_channels(nusc), create_splits_scenes()
-    infos = {split: [] for split in paths}
-    split_of = {name: split for split, official in zip(paths, SPLITS[version]) for name in scenes[official]}
-    for sample in tqdm(sorted(nusc.sample, key=lambda record: record['timestamp']), desc=f'frames of {version}', mininterval=1):
-        split = split_of.get(nusc.get('scene', sample['scene_token'])['name'])
-        if split:
-            infos[split].append(dict(sample_idx=len(infos[split]), **frame_info(nusc, sample, cameras, max_sweeps)))
-    problems = check_files(root, infos['train'] + infos['val'], check) if check != 'none' else []
+    cameras, splits, problems = camera_channels(nusc), create_splits_scenes(), []
+    scenes = {split: [scene for scene in nusc.scene if scene['name'] in splits[name]] for split, name in zip(paths, SPLITS[version])}
+    begin_work(scratch, source)
+    with tqdm(total=sum(scene['nbr_samples'] for split in paths for scene in scenes[split]), desc='records and files', unit='frame', mininterval=1) as bar:
+        for split, scene in ((split, scene) for split in paths for scene in scenes[split]):
+            if (scratch / scene['name']).is_file():
+                bar.update(scene['nbr_samples'])
+                continue
+            infos = _scene_infos(nusc, scene, cameras, max_sweeps, bar)
+            found = check_files(root, infos, modes[split]) if modes[split] != 'none' else []
+            problems += found
+            if not found:
+                write_whole(scratch / scene['name'], pickle.dumps(infos))
     if problems:
-        raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them, or pass --check none to write anyway\n' + '\n'.join(problems))
+        raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
+                         'or pass --check none to write anyway\n' + '\n'.join(problems))
     metainfo = dict(categories={name: i for i, name in enumerate(CLASSES)}, dataset='nuscenes', version=version, info_version='1.1')
+    stamp.unlink(missing_ok=True)    # the two files belong together
     for split, path in paths.items():
-        write_whole(path, pickle.dumps(dict(metainfo=metainfo, data_list=infos[split])))
+        infos = sorted((info for scene in scenes[split] for info in pickle.loads((scratch / scene['name']).read_bytes())), key=lambda info: info['timestamp'])
+        write_whole(path, pickle.dumps(dict(metainfo=metainfo, data_list=[dict(sample_idx=index, **info) for index, info in enumerate(infos)])))
+        print(f'{len(infos)} {split} frames of {version} written to {path}')
     write_whole(stamp, json.dumps(source).encode())
-    print(f'{len(infos["train"])} training and {len(infos["val"])} validation frames of {version} written to {root}')
+    end_work(scratch)
     return paths
 
-# %% ../../nbs/43_nuscenes.ipynb #9686b354
+# %% ../../nbs/43_nuscenes.ipynb #d91d2d46
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.nuscenes ROOT`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.data.nuscenes', description='Write the info files of a nuScenes root after checking its files.')
+    parser = argparse.ArgumentParser(prog='python -m cmtaqr.data.nuscenes', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description='Write the info files of a nuScenes root after checking its files, then the database of training objects '
+                                                 '(points and image patches). An interrupted run goes on where it stopped.')
     parser.add_argument('root', help='folder that holds v1.0-mini or v1.0-trainval, samples and sweeps')
     parser.add_argument('--version', choices=list(SPLITS), help='table folder to read, if the root has both')
-    parser.add_argument('--max-sweeps', type=int, default=10, help='earlier LiDAR measurements listed per frame (default 10)')
-    parser.add_argument('--check', choices=['markers', 'decode', 'none'], default='markers', help='how to look at the files (default markers)')
+    parser.add_argument('--max-sweeps', type=int, default=10, help='earlier LiDAR measurements listed per frame')
+    parser.add_argument('--check', choices=['markers', 'decode', 'none'], default='markers', help='how to look at the files')
+    parser.add_argument('--no-database', action='store_true', help='only the info files')
+    parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that the image patch of an object is cut from')
+    parser.add_argument('--workers', type=int, help='processes for the database; one per core if not given')
     parser.add_argument('--force', action='store_true', help='write even if up to date')
+    options = parser.parse_args(arguments)
+    check = options.check if options.no_database or options.check != 'decode' else dict(train='markers', val='decode')
     try:
-        make_infos(**vars(parser.parse_args(arguments)))
-    except (FileNotFoundError, ValueError) as error:
+        make_infos(options.root, options.version, options.max_sweeps, check, options.force)
+        if not options.no_database:
+            from cmtaqr.data.database import build_database    # here: only the command knows what comes after the info files
+            build_database(options.root, options.patch, options.max_sweeps, options.workers, options.force)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
