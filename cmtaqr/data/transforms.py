@@ -141,7 +141,7 @@ def resize_crop_flip(image, resize, corner, size, flip=False):
         inside = padded
     return np.ascontiguousarray(inside[:, ::-1] if flip else inside)
 
-# %% ../../nbs/44_transforms.ipynb #f6871b4f
+# %% ../../nbs/44_transforms.ipynb #8d2deca5
 @TRANSFORMS.register_module(force=True)
 class ResizeCropFlipImage(BaseTransform):
     """Brings all views to the network input; `cam2img` follows.
@@ -163,13 +163,14 @@ class ResizeCropFlipImage(BaseTransform):
         height, width = self.input_size
         factor, flip = np.random.uniform(*self.resize), np.random.rand() < self.flip
         position = np.random.rand() if self.random_crop else 0.5
-        results['img_affine'] = np.empty((len(results['img']), 3, 3))
+        affine = np.empty((len(results['img']), 3, 3))
         for view, image in enumerate(results['img']):
             resize = factor * max(height / image.shape[0], width / image.shape[1])
             corner = int(position * max(0, int(image.shape[1] * resize) - width)), int(image.shape[0] * resize) - height
             results['img'][view] = resize_crop_flip(image, resize, corner, self.input_size, flip)
-            results['img_affine'][view] = image_matrix(resize, corner, width, flip)
-        results['cam2img'][:, :3, :3] = results['img_affine'] @ results['cam2img'][:, :3, :3]
+            affine[view] = image_matrix(resize, corner, width, flip)
+        results['img_affine'] = affine @ results.get('img_affine', np.eye(3))
+        results['cam2img'][:, :3, :3] = affine @ results['cam2img'][:, :3, :3]
         results.update(img_shape=self.input_size, pad_shape=self.input_size, img_flip=bool(flip))
         return results
 
