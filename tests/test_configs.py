@@ -164,14 +164,20 @@ def test_learning_rate_and_beta1_over_the_run(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_augmentation(name):
+def test_data_recipe(name):
     cfg = load_config(name)
-    fusion = {"drop_image": 0.25, "drop_lidar": 0.25} if name not in (CAMERA, LIDAR) else {"drop_image": 0.0, "drop_lidar": 0.0}
+    mask = 0.0 if name in (CAMERA, LIDAR) else 0.25
     scene = (dict(rotation=(-0.3925, 0.3925), scale=(0.95, 1.05), translation=0.0, flip_scene=0.0) if name == CAMERA
              else dict(rotation=(-0.785, 0.785), scale=(0.9, 1.1), translation=0.5, flip_scene=0.5))
-    assert cfg.augmentation.to_dict() == {**fusion, **scene, "resize": (0.94, 1.25), "flip_image": 0.5}
-    assert cfg.get("sensors", ["lidar", "camera"]) == {LIDAR: ["lidar"], CAMERA: ["camera"]}.get(name, ["lidar", "camera"])
-    assert cfg.cbgs and (name != CAMERA or cfg.paste is None)
+    recipe = dict(resize=(0.94, 1.25), flip_image=0.5, drop_image=mask, drop_lidar=mask, **scene)
+    assert {k: cfg.augmentation[k] for k in recipe} == recipe
+    assert cfg.sensors == {LIDAR: ["lidar"], CAMERA: ["camera"]}.get(name, ["lidar", "camera"])
+    assert cfg.cbgs and cfg.sweeps_num == 10 and cfg.paste == (None if name == CAMERA else {})
+    assert cfg.train_dataloader.batch_size == cfg.batch_size
+    steps = [step["type"] for step in cfg.train_dataloader.dataset.dataset.pipeline]
+    loads = {"LoadLidarPoints": name != CAMERA, "LoadCameraImages": name != LIDAR, "PasteObjects": name != CAMERA,
+             "ModalityMask": name not in (CAMERA, LIDAR)}
+    assert {step: step in steps for step in loads} == loads
 
 
 # Steps
@@ -195,7 +201,7 @@ def inputs_for(name, **sizes):
     return {k: v for k, v in inputs.items() if k != missing}, samples
 
 
-@pytest.mark.parametrize("name", [VOV, LIDAR, CAMERA, AQR_VOV])
+@pytest.mark.parametrize("name", ALL)
 def test_a_step_on_the_cpu_reaches_every_parameter(name):
     model = build(small(name)).train()
     if model.pts_bbox_head.with_aqr:  # the released start, zero, stops what lies behind the router's last layer

@@ -3,6 +3,7 @@ _base_ = ["./nuscenes.py"]
 
 input_size = (640, 1600)
 batch_size = 2  # per GPU
+paste = dict()  # the released recipe
 
 voxel_size = [0.075, 0.075, 0.2]
 grid_size = [1440, 1440, 40]
