@@ -162,6 +162,12 @@ def test_missing_things_name_the_remedy(toy, tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_bf16_on_a_cpu(toy, tmp_path):
+    runner, summary = run(toy, precision="bf16", max_iters=30)
+    assert runner.optim_wrapper.cast_dtype == torch.bfloat16 and summary["skipped_steps"] == 0
+    assert summary["loss_last"]["loss"] < summary["loss_first"]["loss"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_on_a_gpu(toy, tmp_path, cuda, precision):
     _, summary = run(toy, device="cuda", precision=precision, max_iters=30)

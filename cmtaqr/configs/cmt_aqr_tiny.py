@@ -90,6 +90,7 @@ model = dict(
 # Optimisation: from random weights, so the image branch learns as fast as the rest. The learning rate rises to 10 times its base in
 # the first 15 % of the run.
 peak_epoch = 3
+precision = "fp32"
 optim_wrapper = dict(
     optimizer=dict(lr=1e-4),
     paramwise_cfg=dict(custom_keys={"img_backbone": dict(lr_mult=1.0, decay_mult=1.0), "img_neck": dict(lr_mult=1.0)}),

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['grid_mask', 'CmtDetector']
 
-# %% ../../nbs/37_detector.ipynb #978bc7fd
+# %% ../../nbs/37_detector.ipynb #a2da0bcf
+import contextlib
+
 import torch
 from mmdet3d.models.detectors import MVXTwoStageDetector
 from mmdet3d.registry import MODELS
@@ -36,7 +38,7 @@ def grid_mask(height, width, period, row_offset, col_offset, device=None):
 
     return on_stripe(height, row_offset)[:, None] | on_stripe(width, col_offset)
 
-# %% ../../nbs/37_detector.ipynb #28237aab
+# %% ../../nbs/37_detector.ipynb #61c9676b
 @MODELS.register_module(force=True)
 class CmtDetector(MVXTwoStageDetector):
     """CMT with or without AQR (Yan et al., ICCV 2023); modules that a form does not need are left out.
@@ -51,13 +53,13 @@ class CmtDetector(MVXTwoStageDetector):
         img_neck: Config of its neck, finest level first.
         grid_mask_prob: Probability of the grid mask in training.
         data_preprocessor: Config of `Det3DDataPreprocessor`.
-        test_precision: 'fp32', 'bf16' or 'fp16' for `predict`; training takes its precision from the optimiser's wrapper.
+        test_precision: 'fp32', 'bf16' or 'fp16' for `predict`; None follows the caller's autocast, as training does always.
     """
 
     image_stream = None  # set by `cmtaqr.detector.inference.accelerate`: the image branch then runs beside the LiDAR branch
 
     def __init__(self, pts_bbox_head, pts_voxel_encoder=None, pts_middle_encoder=None, pts_backbone=None, pts_neck=None,
-                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision="fp32", init_cfg=None):
+                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision=None, init_cfg=None):
         super().__init__(
             pts_voxel_encoder=pts_voxel_encoder, pts_middle_encoder=pts_middle_encoder, pts_backbone=pts_backbone,
             pts_neck=pts_neck, img_backbone=img_backbone, img_neck=img_neck, data_preprocessor=data_preprocessor,
@@ -65,7 +67,8 @@ class CmtDetector(MVXTwoStageDetector):
         self.pts_bbox_head = MODELS.build(pts_bbox_head)
         self.data_preprocessor.register_forward_pre_hook(check_images)
         self.grid_mask_prob, self.test_precision = grid_mask_prob, test_precision
-        autocast("cpu", test_precision)  # an unknown name stops here
+        if test_precision is not None:
+            autocast("cpu", test_precision)  # an unknown name stops here
 
     def extract_img_feat(self, imgs):
         """Normalised images [B, V, 3, H, W] -> finest level [B*V, C, h, w]; None without images."""
@@ -123,7 +126,8 @@ class CmtDetector(MVXTwoStageDetector):
 
     def predict(self, inputs, samples, **kwargs):
         """The samples with `pred_instances_3d`, see `CmtHead.predict`."""
-        with autocast(next(self.parameters()).device, self.test_precision):
+        device = next(self.parameters()).device
+        with contextlib.nullcontext() if self.test_precision is None else autocast(device, self.test_precision):
             found = self.pts_bbox_head.predict(*self.extract_feat(inputs, samples), samples)
         return self.add_pred_to_datasample(samples, found)
 

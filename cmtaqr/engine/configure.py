@@ -66,7 +66,7 @@ def _put_aqr(cfg, params):
         except ValueError as error:
             raise ParameterError(f"config {params.config!r} with the given parameters: {error}") from error
 
-# %% ../../nbs/51a_configure.ipynb #1556ffe1
+# %% ../../nbs/51a_configure.ipynb #74d876e2
 def resolve_device(device):
     """The torch device of a run.
 
@@ -87,13 +87,27 @@ def resolve_device(device):
 
 
 def _put_precision(cfg, params, device):
-    if params.precision == "fp32":
-        return
-    if device.type != "cuda":
-        raise ParameterError(f"precision={params.precision!r} needs a GPU, this run is on {device}: use precision='fp32'")
-    if cfg.get("optim_wrapper"):
-        scale, dtype = ("dynamic", "float16") if params.precision == "fp16" else (1.0, "bfloat16")
-        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale=scale, dtype=dtype)
+    """The precision of the run, and the optimiser's wrapper that computes in it."""
+    training = bool(cfg.get("optim_wrapper"))
+    default = cfg.get("precision", "fp32") if training and device.type == "cuda" else "fp32"
+    cfg.precision = params.precision or default
+    if cfg.precision == "fp16" and device.type != "cuda":
+        raise ParameterError(f"precision='fp16' needs a GPU, this run is on {device}: use precision='bf16' or 'fp32'")
+    if training and cfg.precision != "fp32":
+        scale = "dynamic" if cfg.precision == "fp16" else 1.0
+        cfg.optim_wrapper.update(type="MixedPrecisionWrapper", device=device.type, precision=cfg.precision, loss_scale=scale)
+
+
+def _put_compile(cfg, params):
+    """Parts for torch.compile, refused with the reason where it cannot."""
+    if params.compile:
+        cfg.compiled_parts = list(params.compile)
+    if cfg.get("compiled_parts"):
+        from cmtaqr.detector.inference import check_parts
+        try:
+            check_parts(cfg.compiled_parts)
+        except ValueError as error:
+            raise ParameterError(str(error)) from error
 
 # %% ../../nbs/51a_configure.ipynb #804e07e5
 def stretched(schedulers, length, iterations):
@@ -144,7 +158,7 @@ def _put_test(cfg):
         cfg[unused] = None
     cfg.test_evaluator.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
 
-# %% ../../nbs/51a_configure.ipynb #4780094d
+# %% ../../nbs/51a_configure.ipynb #2560b007
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -191,6 +205,7 @@ def run_config(params, notebook=None):
     cfg.device = str(device)
     _put_test(cfg) if evaluation else _put_length(cfg, params)
     _put_precision(cfg, params, device)
+    _put_compile(cfg, params)
     for loader in filter(None, (cfg.train_dataloader, cfg.test_dataloader)):
         loader.update({k: getattr(params, k) for k in ("batch_size", "num_workers") if getattr(params, k) is not None})
         loader["persistent_workers"] = bool(loader.get("persistent_workers")) and loader["num_workers"] > 0

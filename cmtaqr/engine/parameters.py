@@ -56,15 +56,15 @@ def find_config(config):
     where = f" (looked in {Path.cwd()})" if path.suffix == ".py" else ""
     raise ParameterError(f"no config {config!r}{where}{_nearest(path.stem, config_names())}")
 
-# %% ../../nbs/50_parameters.ipynb #c66551f5
+# %% ../../nbs/50_parameters.ipynb #714edd80
 def _accepts(value, hint):
     """Whether `value` fits one of the declared hints: str, int, float, bool, None, `list[int]`, or a union of these."""
     if isinstance(hint, UnionType):
         return any(_accepts(value, h) for h in get_args(hint))
     if hint is type(None):
         return value is None
-    if hint == list[int]:
-        return isinstance(value, (list, tuple)) and bool(value) and all(_accepts(v, int) for v in value)
+    if hint in (list[int], list[str]):
+        return isinstance(value, (list, tuple)) and bool(value) and all(_accepts(v, *get_args(hint)) for v in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -73,7 +73,7 @@ def _accepts(value, hint):
 def _spell(hint):
     """A type hint in words for messages."""
     names = [_spell(h) for h in get_args(hint)] if isinstance(hint, UnionType) else []
-    return " or ".join(names) or {type(None): "None", list[int]: "list of int"}.get(hint, getattr(hint, "__name__", str(hint)))
+    return " or ".join(names) or {type(None): "None", list[int]: "list of int", list[str]: "list of str"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 # %% ../../nbs/50_parameters.ipynb #a636ae3d
 def _option(default, text, *, low=None, above=None, choices=None, pattern=None):
@@ -95,7 +95,7 @@ def _check_value(name, value, meta):
     if meta["pattern"] and not re.fullmatch(meta["pattern"], value):
         raise ParameterError(f"{name}={value!r} is unknown; expected {meta['pattern'].replace('|', ' or ')}")
 
-# %% ../../nbs/50_parameters.ipynb #3100034b
+# %% ../../nbs/50_parameters.ipynb #768de04f
 def _presets():
     """Names of the bias presets."""
     from cmtaqr.bias import PRESETS
@@ -120,7 +120,9 @@ class RunParameters:
     learnable_scale: bool | None = _option(None, "train the scale; None: the config's")
     window_size: int | list[int] | None = _option(None, "AQR bias window in cells: int, or [camera, lidar] by -y", low=1)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda|cuda:\d+")
-    precision: str = _option("fp32", "fp32, bf16 or fp16 (the last two on a GPU)", choices=lambda: ["fp32", "bf16", "fp16"])
+    precision: str | None = _option(None, "fp32, bf16 or fp16 (the last on a GPU); None: the config's on a GPU, fp32 on a CPU and in "
+                                    "evaluation", choices=lambda: ["fp32", "bf16", "fp16"])
+    compile: list[str] | None = _option(None, "parts for torch.compile: image, bev, decoder; None: the config's")
     resume: bool = _option(False, "continue from checkpoint, or from the newest one in work_dir")
     checkpoint: str | None = _option(None, "weights to start from: a .pth file, or a folder, then its newest")
     batch_size: int | None = _option(None, "samples per step; None: the config's", low=1)
@@ -146,7 +148,8 @@ class RunParameters:
             if name not in known:
                 raise ParameterError(f"unknown parameter {name!r}{_nearest(name, list(known))}")
             if not _accepts(value, hints[name]):
-                how = f"; pass lists with papermill -y '{name}: [8, 5]'" if list[int] in get_args(hints[name]) else ""
+                example = next((text for kind, text in ((list[int], "[8, 5]"), (list[str], "[image, decoder]")) if kind in get_args(hints[name])), None)
+                how = f"; pass lists with papermill -y '{name}: {example}'" if example else ""
                 raise ParameterError(f"{name}={value!r} is a {type(value).__name__}, expected {_spell(hints[name])}{how}")
             _check_value(name, value, known[name].metadata)
         params = cls(**values)

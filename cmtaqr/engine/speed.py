@@ -24,7 +24,7 @@ from .progress import Progress
 from .record import command, git_commit, machine, versions, write_json
 from .stages import Stopwatch, copied, pinned, speed_frame, speed_model
 
-# %% ../../nbs/58_speed.ipynb #73ab7a61
+# %% ../../nbs/58_speed.ipynb #3d3c52a4
 SETTINGS = {
     "plain": dict(precision="fp32", fold=False, channels_last=False, graphs=(), overlap=False),
     "fast32": dict(precision="fp32"),
@@ -46,7 +46,7 @@ def _wait(device):
 def _outputs(model, frame):
     """Class probabilities [Q, classes] and box codes [Q, 10] of the last layer, and AQR's weights."""
     data = model.data_preprocessor(copied(frame), False)
-    with autocast(next(model.parameters()).device, model.test_precision):
+    with autocast(next(model.parameters()).device, model.test_precision or "fp32"):
         out = model(**data, mode="tensor")
     task = out["tasks"][0]
     codes = torch.cat([task[name][-1, 0] for name in ("center", "height", "dim", "rot", "vel")], -1)

@@ -2,6 +2,7 @@
 then to 1e-4 of it, both along half a cosine; beta1 goes the other way. Written for 20 epochs; a run of another length
 (`epochs` or `max_iters`) stretches it, see nbs/52_runner.ipynb."""
 max_epochs = 20
+precision = "bf16"  # of a training on a GPU; the fp32 islands are listed in nbs/35b_precision.ipynb
 peak_epoch = 8
 peak = 6.0
 
