@@ -108,7 +108,6 @@ def test_compiled_decoder_trains(model, frame):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_inductor_gives_the_same(model, frame):
     if not shutil.which("g++"):
         pytest.skip("torch.compile's inductor needs a C++ compiler on the CPU: install g++")
@@ -171,7 +170,6 @@ def test_a_function_that_waits_is_not_recorded(cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_compiled_and_recorded(cuda):
     cfg = load_config(TINY)
     frame = speed_frame(cfg, turns=2)

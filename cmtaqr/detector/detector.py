@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['grid_mask', 'CmtDetector']
 
-# %% ../../nbs/37_detector.ipynb #a2da0bcf
+# %% ../../nbs/37_detector.ipynb #29378d52
 import contextlib
+from importlib import import_module
 
 import torch
 from mmdet3d.models.detectors import MVXTwoStageDetector
@@ -14,6 +15,7 @@ from mmdet3d.registry import MODELS
 
 from .inputs import check_images, check_inputs
 from .precision import autocast, island
+from .sparse import sparse_backend
 
 # %% ../../nbs/37_detector.ipynb #a739754e
 def grid_mask(height, width, period, row_offset, col_offset, device=None):
@@ -38,7 +40,18 @@ def grid_mask(height, width, period, row_offset, col_offset, device=None):
 
     return on_stripe(height, row_offset)[:, None] | on_stripe(width, col_offset)
 
-# %% ../../nbs/37_detector.ipynb #61c9676b
+# %% ../../nbs/37_detector.ipynb #589e474c
+@contextlib.contextmanager
+def _sparse_tf32():
+    """Let fp32 sparse convolutions round their factors to TF32, as cuDNN's dense ones do; both libraries have the same switch."""
+    constants = import_module(f"{dict(spconv='spconv', triton='spconv_triton')[sparse_backend()]}.constants")
+    before, constants.SPCONV_ALLOW_TF32 = constants.SPCONV_ALLOW_TF32, True
+    try:
+        yield
+    finally:
+        constants.SPCONV_ALLOW_TF32 = before
+
+# %% ../../nbs/37_detector.ipynb #60c2e340
 @MODELS.register_module(force=True)
 class CmtDetector(MVXTwoStageDetector):
     """CMT with or without AQR (Yan et al., ICCV 2023); modules that a form does not need are left out.
@@ -56,7 +69,8 @@ class CmtDetector(MVXTwoStageDetector):
         test_precision: 'fp32', 'bf16' or 'fp16' for `predict`; None follows the caller's autocast, as training does always.
     """
 
-    image_stream = None  # set by `cmtaqr.detector.inference.accelerate`: the image branch then runs beside the LiDAR branch
+    # set by `cmtaqr.detector.inference.accelerate`: a stream for the image branch, beside the LiDAR branch; TF32 in the sparse encoder
+    image_stream, sparse_tf32 = None, False
 
     def __init__(self, pts_bbox_head, pts_voxel_encoder=None, pts_middle_encoder=None, pts_backbone=None, pts_neck=None,
                  img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision=None, init_cfg=None):
@@ -93,7 +107,9 @@ class CmtDetector(MVXTwoStageDetector):
     @island("sparse encoder")
     def sparse_map(self, points):
         """B tensors [N, 5] of points -> map [B, C, h, w] of the sparse encoder."""
-        return self.pts_middle_encoder(*self.pts_voxel_encoder(points))
+        voxels = self.pts_voxel_encoder(points)
+        with _sparse_tf32() if self.sparse_tf32 else contextlib.nullcontext():
+            return self.pts_middle_encoder(*voxels)
 
     def extract_feat(self, inputs, samples):
         """Features of a batch.

@@ -30,7 +30,7 @@ from ..geometry import TokenLayout, query_windows
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #e9b5fdec
+# %% ../../nbs/36_head.ipynb #1c25b86a
 @MODELS.register_module(force=True)
 class CmtHead(PositionMixin, BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
@@ -129,7 +129,8 @@ class CmtHead(PositionMixin, BaseModule):
     @island("boxes")
     def boxes(self, decoded, anchors):
         """[L, B, Q, C] -> per task a dict of [L, B, Q, c]; center and height bounded to the range, in metres."""
-        offset, outputs, decoded = inverse_sigmoid(anchors), [], torch.nan_to_num(decoded)
+        # beyond fp16 stands for infinite: fp32's own largest number would overflow in the next layer
+        offset, outputs, decoded = inverse_sigmoid(anchors), [], torch.nan_to_num(decoded, posinf=65504.0, neginf=-65504.0)
         low, high = device_constant(self.point_cloud_range, anchors.device).view(2, 3)
         for head in self.task_heads:
             out = head(decoded)

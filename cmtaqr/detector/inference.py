@@ -187,7 +187,7 @@ class GraphedCall:
                 result = self.function(*args, **kwargs)
         return graph, places, result
 
-# %% ../../nbs/39_inference.ipynb #bf8f67dd
+# %% ../../nbs/39_inference.ipynb #dfeea27b
 GRAPHS = {"image": ("img_backbone", "img_neck"), "bev": ("pts_backbone", "pts_neck", "pts_bbox_head.shared_conv"),
           "router": ("pts_bbox_head.windows", "pts_bbox_head.aqr_router", "pts_bbox_head.bias"),
           "decoder": ("pts_bbox_head.positions", "pts_bbox_head.transformer", "pts_bbox_head.boxes")}
@@ -203,7 +203,8 @@ def _store_half(module, dtype):
                 parameter.data = parameter.data.to(dtype)
 
 
-def accelerate(model, precision="fp32", fold=True, channels_last=True, graphs=tuple(GRAPHS), overlap=True, compile=()):
+def accelerate(model, precision="fp32", fold=True, channels_last=True, graphs=tuple(GRAPHS), overlap=True, sparse_tf32=False,
+               compile=()):
     """A copy of a detector for evaluation alone, made fast; see the table in the notebook for what each option changes.
 
     Args:
@@ -213,6 +214,7 @@ def accelerate(model, precision="fp32", fold=True, channels_last=True, graphs=tu
         channels_last (bool): Memory layout of the 2-D convolutions.
         graphs (Sequence[str]): Parts replayed as CUDA graphs, of `GRAPHS`; not used on the CPU.
         overlap (bool): Run the image branch on a stream of its own; not used on the CPU.
+        sparse_tf32 (bool): TF32 in the sparse convolutions; not used on the CPU.
         compile (Sequence[str]): See `compile_parts`; on a part that is also a graph, the compiled code is recorded.
 
     Returns:
@@ -227,7 +229,7 @@ def accelerate(model, precision="fp32", fold=True, channels_last=True, graphs=tu
         raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device, names = next(model.parameters()).device, dict(model.named_modules())
-    model.test_precision = precision
+    model.test_precision, model.sparse_tf32 = precision, sparse_tf32
     if fold:
         fold_batchnorm(model)
     for name in _HALF:
