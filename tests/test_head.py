@@ -8,31 +8,17 @@ from test_losses import close, codes_of, gravity, load
 
 pytest.importorskip("mmdet3d")
 
-from mmdet3d.registry import MODELS  # noqa: E402
 from mmdet3d.structures import Det3DDataSample, LiDARInstance3DBoxes  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 import cmtaqr.detector.head as head_module  # noqa: E402
 from cmtaqr.detector.branches import GroupLayerNorm1d, SeparateTaskHead, decode_predictions  # noqa: E402
+from cmtaqr.detector.golden import build_head  # noqa: E402
 from cmtaqr.detector.losses import encode_boxes  # noqa: E402
 
 BRANCHES = ("center", "height", "dim", "rot", "vel", "cls_logits")
 AQR = dict(router=dict(type="AQRWeightGenerator", window_sizes=[4, 5]),
            bias=dict(type="AttentionBiasGenerator", window_size=[3, 5]))
-
-
-def build_head(config, backend="auto", **changes):
-    """The golden head's form from its config."""
-    layer = dict(embed_dims=config["hidden_dim"], num_heads=config["num_heads"], feedforward_channels=config["ffn_channels"],
-                 dropout=0.0, cross_attn=dict(backend=backend))
-    settings = dict(
-        type="CmtHead", in_channels=config["in_channels"], hidden_dim=config["hidden_dim"], num_query=config["num_query"],
-        depth_num=config["depth_num"], point_cloud_range=config["pc_range"], voxel_size=[108 / 128, 108 / 128, 0.2],
-        grid_size=config["grid_size"], out_size_factor=config["downsample_scale"], max_num=config["max_num"],
-        head_channels=config["head_conv"], post_center_range=config["post_center_range"],
-        tasks=[dict(class_names=config["classes"])],
-        transformer=dict(type="CmtTransformer", decoder=dict(num_layers=config["num_decoder_layers"], layer=layer)))
-    return MODELS.build({**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +132,7 @@ def test_gravity_centre_is_read_from_bottom_boxes(shared):
 
 def test_aqr_starts_as_cmt(golden):
     pts, img, metas = inputs_of(golden)
-    cmt, aqr = (build_head(golden["config_json"], "reference", aqr=a).eval() for a in (None, AQR))
+    cmt, aqr = (build_head(golden["config_json"], backend="reference", aqr=a).eval() for a in (None, AQR))
     state = state_of(golden)
     cmt.load_state_dict(state)
     missing = aqr.load_state_dict(state, strict=False)

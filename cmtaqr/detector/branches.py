@@ -37,7 +37,7 @@ class GroupLayerNorm1d(nn.Module):
         y = ((y - mean) / (variance + self.eps).sqrt()).flatten(1, 2)
         return y * self.weight[:, None] + self.bias[:, None]
 
-# %% ../../nbs/35a_branches.ipynb #d0d4e344
+# %% ../../nbs/35a_branches.ipynb #b47cad5e
 BRANCHES = dict(center=2, height=1, dim=3, rot=2, vel=2)
 
 
@@ -52,14 +52,15 @@ class SeparateTaskHead(nn.Module):
         head_channels: Hidden channels per layer and branch.
         final_kernel: Width of both convolutions along the query axis (3 in the LiDAR-only detector, where neighbours mix).
         init_bias: Initial bias of the class logits; -2.19 makes every class 10 % likely.
+        branches: Outputs per box branch.
     """
 
-    def __init__(self, in_channels, num_classes, groups, head_channels=64, final_kernel=1, init_bias=-2.19):
+    def __init__(self, in_channels, num_classes, groups, head_channels=64, final_kernel=1, init_bias=-2.19, branches=BRANCHES):
         super().__init__()
         self.groups = groups
-        self.names = [*BRANCHES, "cls_logits"]
+        self.names = [*branches, "cls_logits"]
         hidden, grouped = groups * head_channels, dict(padding=final_kernel // 2, groups=groups)
-        for name, out in {**BRANCHES, "cls_logits": num_classes}.items():
+        for name, out in {**branches, "cls_logits": num_classes}.items():
             self.add_module(name, nn.Sequential(
                 nn.Conv1d(groups * in_channels, hidden, final_kernel, bias=False, **grouped),
                 GroupLayerNorm1d(hidden, groups),
@@ -99,12 +100,17 @@ def decode_predictions(logits, codes, max_num, post_center_range, score_threshol
     boxes[:, 2] -= boxes[:, 5] / 2
     return boxes, scores, labels, query
 
-# %% ../../nbs/35a_branches.ipynb #71243c74
-def ground_truth(samples, device):
-    """Boxes [n, 9] with gravity centre and labels [n] per sample.
+# %% ../../nbs/35a_branches.ipynb #416d9b2b
+def ground_truth(samples, device, num_classes=None):
+    """Boxes [n, 9] with gravity centre and labels [n] per sample, without the objects that have a negative label.
+
+    Args:
+        samples: B `Det3DDataSample` with gt_instances_3d.
+        device: Where to put the result.
+        num_classes: Classes of the model.
 
     Raises:
-        ValueError: Boxes without velocity.
+        ValueError: Boxes without velocity, or a label of `num_classes` or more.
     """
     boxes, labels = [], []
     for sample in samples:
@@ -115,9 +121,16 @@ def ground_truth(samples, device):
         centred = torch.cat([instances.bboxes_3d.gravity_center, instances.bboxes_3d.tensor[:, 3:]], -1)
         boxes.append(centred.to(device, torch.float32))
         labels.append(torch.as_tensor(instances.labels_3d).to(device, torch.long))
+    numbers = torch.cat(labels).cpu()  # all samples at once: one wait for the device
+    if num_classes is not None and (numbers >= num_classes).any():
+        raise ValueError(f"a box has label {int(numbers.max())}, the model has {num_classes} classes (0 to {num_classes - 1}): "
+                         "give dataset and model the same class names")
+    if (numbers < 0).any():
+        known = [n >= 0 for n in labels]
+        boxes, labels = ([x[k] for x, k in zip(part, known)] for part in (boxes, labels))
     return boxes, labels
 
-# %% ../../nbs/35a_branches.ipynb #e878af73
+# %% ../../nbs/35a_branches.ipynb #6cc3781f
 def image_size(metas):
     """(height, width) of the padded network input; the same for the whole batch."""
     shape = metas[0].get("batch_input_shape", metas[0].get("pad_shape"))
@@ -136,12 +149,27 @@ def stack_lidar2img(metas):
         [B, V, 4, 4] float64 on the CPU.
 
     Raises:
-        ValueError: A sample lacks them, or the numbers of views differ.
+        ValueError: A sample lacks them, they are no [V, 4, 4] matrices, their number differs between samples, or one contains NaN
+            or infinity or cannot be inverted.
     """
-    missing = [b for b, meta in enumerate(metas) if "lidar2img" not in meta]
+    names = [f"sample {meta.get('token', b)}" for b, meta in enumerate(metas)]
+    missing = [name for name, meta in zip(names, metas) if meta.get("lidar2img") is None]
     if missing:
-        raise ValueError(f"samples {missing} have no lidar2img: add it to meta_keys of Pack3DDetInputs")
+        raise ValueError(f"{', '.join(missing)}: no lidar2img, the cameras' calibration is missing; add it to the frame, and to "
+                         "meta_keys of Pack3DDetInputs")
     matrices = [np.asarray(meta["lidar2img"], dtype=np.float64) for meta in metas]
-    if len({m.shape for m in matrices}) != 1:
-        raise ValueError(f"lidar2img differs in shape within the batch: {[m.shape for m in matrices]}")
-    return torch.from_numpy(np.stack(matrices))
+    if any(m.ndim != 3 or m.shape != (len(matrices[0]), 4, 4) for m in matrices):
+        shapes = ", ".join(f"{name} {m.shape}" for name, m in zip(names, matrices))
+        raise ValueError(f"lidar2img must be [views, 4, 4] with as many views in every sample, got {shapes}")
+    matrices = np.stack(matrices)
+    for what, bad in (("contains NaN or infinity", ~np.isfinite(matrices).all((2, 3))), ("has no inverse", _singular(matrices))):
+        if bad.any():
+            b, view = np.argwhere(bad)[0]
+            camera = dict(enumerate(metas[b].get("cameras") or ())).get(view, view)
+            raise ValueError(f"{names[b]}: lidar2img of camera {camera} {what}: check its intrinsics, its pose and the augmentation")
+    return torch.from_numpy(matrices)
+
+
+def _singular(matrices):
+    """Whether a matrix has rank below 4, rounding included: a projection has a condition number of 1e3 to 1e6."""
+    return ~(np.linalg.cond(np.nan_to_num(matrices)) < 1e12)
