@@ -56,9 +56,10 @@ class ObjectRecord(TypedDict):
     camera: str | None
     patch_box: tuple | None
 
-# %% ../../nbs/46_database.ipynb #b739b88f
-def _build_frame(root, scratch, info, patch, sweeps):
+# %% ../../nbs/46_database.ipynb #273849a0
+def _build_frame(root, scratch, frame, patch, sweeps):
     """Files of one frame's objects; returns its problems."""
+    info = pickle.loads(frame)
     points, images, problems = read_frame(root, info, sweeps)
     if problems:
         return problems
@@ -80,7 +81,7 @@ def _build_frame(root, scratch, info, patch, sweeps):
     write_whole(scratch / 'frames' / f'{info["sample_idx"]}.pkl', pickle.dumps(records))
     return []
 
-# %% ../../nbs/46_database.ipynb #850831a0
+# %% ../../nbs/46_database.ipynb #ec17d0d9
 FOLDER, LIST, STAMP = 'nuscenes_gt_database', 'nuscenes_dbinfos_train.pkl', 'nuscenes_dbinfos_train.json'
 
 
@@ -90,11 +91,11 @@ def _start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _build_frames(root, scratch, infos, patch, sweeps, workers, progress):
+def _build_frames(root, scratch, frames, patch, sweeps, workers, progress):
     """Build the frames that are not done yet; returns the problems, each once, in the order of the frames."""
-    jobs = [(root, scratch, info, patch, sweeps) for info in infos if not (scratch / 'frames' / f'{info["sample_idx"]}.pkl').is_file()]
+    jobs = [(root, scratch, frame, patch, sweeps) for number, frame in frames.items() if not (scratch / 'frames' / f'{number}.pkl').is_file()]
     workers, problems = workers or min(os.cpu_count() or 1, 1 + len(jobs) // 50), {}
-    with tqdm(total=len(infos), initial=len(infos) - len(jobs), desc='objects', unit='frame', mininterval=1, disable=not progress) as bar:
+    with tqdm(total=len(frames), initial=len(frames) - len(jobs), desc='objects', unit='frame', mininterval=1, disable=not progress) as bar:
         if workers == 1:
             for number, job in enumerate(jobs):
                 problems[number] = _build_frame(*job)
@@ -110,8 +111,8 @@ def _build_frames(root, scratch, infos, patch, sweeps, workers, progress):
                 pool.shutdown(cancel_futures=True)
     return list(dict.fromkeys(line for number in sorted(problems) for line in problems[number]))
 
-# %% ../../nbs/46_database.ipynb #1faf4924
-def _publish(root, scratch, source, numbers):
+# %% ../../nbs/46_database.ipynb #3afacc01
+def _publish(root, scratch, source, frames):
     """Put a complete database in its place; the next run repeats this if it is interrupted."""
     if (scratch / 'objects').is_dir():
         (root / LIST).unlink(missing_ok=True)    # first, since it names files that go now
@@ -119,7 +120,7 @@ def _publish(root, scratch, source, numbers):
             shutil.rmtree(root / FOLDER)
         os.replace(scratch / 'objects', root / FOLDER)
     objects, groups = {name: [] for name in CLASSES}, 0
-    for number in numbers:
+    for number in frames:
         for record in pickle.loads((scratch / 'frames' / f'{number}.pkl').read_bytes()):
             objects[record['name']].append(dict(record, group_id=groups))
             groups += 1
@@ -127,7 +128,7 @@ def _publish(root, scratch, source, numbers):
     write_whole(root / LIST, pickle.dumps(objects))
     end_work(scratch)
 
-# %% ../../nbs/46_database.ipynb #fd7b926a
+# %% ../../nbs/46_database.ipynb #d870bd5f
 def build_database(root, patch='largest', sweeps=10, workers=None, force=False, progress=True):
     """Write the database of a nuScenes root's training frames; goes on where an interrupted run stopped, does nothing if it is up to date.
 
@@ -163,17 +164,18 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
             end_work(scratch)
             return root / LIST
         file.seek(0)
-        infos = pickle.load(file)['data_list']
+        # bytes, because the 28 130 records of trainval take 0.4 GB so and 2.4 GB as lists of floats
+        frames = {info['sample_idx']: pickle.dumps(info) for info in pickle.load(file)['data_list']}
     foreign = [name for name in (FOLDER, LIST) if (root / name).exists()]
     if foreign and not force and not (root / STAMP).is_file() and not (scratch / 'source.json').is_file():
         raise FileExistsError(f'{" and ".join(foreign)} in {root} were made by another program: move them away, or pass --force to replace them')
     begin_work(scratch, source, ('objects', 'frames'))
-    problems = _build_frames(root, scratch, infos, patch, sweeps, workers, progress)
+    problems = _build_frames(root, scratch, frames, patch, sweeps, workers, progress)
     if problems:
         raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
                          'it keeps the frames that are done\n' + '\n'.join(problems))
-    _publish(root, scratch, source, [info['sample_idx'] for info in infos])
-    print(f'objects of {len(infos)} training frames written to {root}')
+    _publish(root, scratch, source, frames)
+    print(f'objects of {len(frames)} training frames written to {root}')
     return root / LIST
 
 # %% ../../nbs/46_database.ipynb #af901102
