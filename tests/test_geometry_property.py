@@ -1,7 +1,7 @@
 """One property of all data transforms, alone and in any order: points, pixels, boxes and velocities stay together.
 
-Random search with recorded seeds over compositions of rotation, scale, translation, flips of the scene, resize, crop (also wider than the image, also
-beyond its top), mirror, pasted objects, modality mask, filters and the test form, for six cameras.
+Random search with recorded seeds over compositions of rotation, scale, translation, flips of the scene, resize, crop (also wider
+than the image, also beyond its top), mirror, pasted objects, modality mask, filters and the test form, for six cameras.
 """
 import copy
 import pickle
@@ -31,7 +31,7 @@ def random_boxes(rng, count):
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """Objects with numbered points in the layout of `cmtaqr.data.database`, and their points [N, 3] in LiDAR coordinates by number."""
+    """Objects in the layout of `cmtaqr.data.database`, and their points [N, 3] in LiDAR coordinates by number."""
     root, rng, stored = tmp_path_factory.mktemp("database"), np.random.default_rng(7), []
     entries = {name: [] for name in CLASSES}
     for index, box in enumerate(random_boxes(rng, 40)):
@@ -43,8 +43,9 @@ def database(tmp_path_factory):
         np.c_[offset, number, np.zeros(count)].astype(np.float32).tofile(root / f"{index}.bin")
         cv2.imwrite(str(root / f"{index}.png"), rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
         stored.append(np.float32(offset) + box[:3])
-        entries[name].append(dict(name=name, path=f"{index}.bin", box3d_lidar=box, num_points_in_gt=count, difficulty=0, group_id=index, image_idx=0,
-                                  gt_idx=index, patch_path=f"{index}.png" if index % 4 else None, camera="CAM_0", patch_box=(0, 0, 32, 24)))
+        patch = f"{index}.png" if index % 4 else None
+        entries[name].append(dict(name=name, path=f"{index}.bin", box3d_lidar=box, num_points_in_gt=count, difficulty=0,
+                                  group_id=index, image_idx=0, gt_idx=index, patch_path=patch, camera="CAM_0", patch_box=(0, 0, 32, 24)))
     (root / "nuscenes_dbinfos_train.pkl").write_bytes(pickle.dumps(entries))
     return root, np.concatenate(stored)
 
@@ -59,35 +60,44 @@ def random_frame(rng, image_size):
         tilt, _ = np.linalg.qr(np.eye(3) + rng.normal(0, 0.02, (3, 3)))
         lidar2cam[view, :3, :3] = tilt * np.sign(np.diag(tilt)) @ np.stack([right, [0, 0, -1], forward])
         lidar2cam[view, :3, 3] = rng.normal(0, 0.4, 3)
-        cam2img[view, :2, :3] = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2]]) + rng.normal(0, 0.01 * width, (2, 3)) * [[1, 0, 1], [0, 1, 1]]
+        noise = rng.normal(0, 0.01 * width, (2, 3)) * [[1, 0, 1], [0, 1, 1]]
+        cam2img[view, :2, :3] = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2]]) + noise
     count = int(rng.integers(0, 21))
     xyz = rng.uniform([-50, -50, -4], [50, 50, 2], (500, 3))
     boxes = LiDARInstance3DBoxes(torch.tensor(random_boxes(rng, count)), box_dim=9)
-    return dict(img=[np.full((height, width, 3), 100 + view, np.uint8) for view in range(6)], lidar2cam=lidar2cam, cam2img=cam2img,
+    images = [np.full((height, width, 3), 100 + view, np.uint8) for view in range(6)]
+    return dict(img=images, lidar2cam=lidar2cam, cam2img=cam2img,
                 points=LiDARPoints(torch.tensor(np.c_[xyz, np.arange(500), np.zeros(500)], dtype=torch.float32), 5),
                 gt_bboxes_3d=boxes, gt_labels_3d=rng.integers(0, len(CLASSES), count))
 
 
 def random_composition(rng, root):
-    """Names and transforms. Pasting precedes the mask, as pasted objects have points; everything else goes in any order and any number."""
+    """Names and transforms. Pasting precedes the mask, as pasted objects have points; the rest goes in any order and number."""
     def crop():
         size = [(320, 800), (128, 320), (90, 500), (300, 200)][rng.integers(4)]
         return t.ResizeCropFlipImage(size, (0.6, 1.5), 0.5, bool(rng.integers(2)))
 
     makers = dict(
-        rotate=lambda: t.GlobalRotScaleTransImage([-3.1, 3.1], [1, 1], 0, rotate_empty=bool(rng.integers(2))), scale=lambda: t.GlobalRotScaleTransImage([0, 0], [0.8, 1.25], 0),
-        translate=lambda: t.GlobalRotScaleTransImage([0, 0], [1, 1], [0.5, 0.5, 0.5]), all_three=lambda: t.GlobalRotScaleTransImage([-0.785, 0.785], [0.9, 1.1], 0.5),
-        flip_y=lambda: t.RandomFlip3DImage(1, 0), flip_x=lambda: t.RandomFlip3DImage(0, 1), flips=t.RandomFlip3DImage, crop=crop, mirror=lambda: t.ResizeCropFlipImage((320, 800), flip=1),
-        test_form=lambda: t.ResizeCropFlipImage((320, 800)), shuffle=PointShuffle, filter=lambda: PointsRangeFilter([-54, -54, -5, 54, 54, 3]))
-    names = list(rng.choice(list(makers), rng.integers(1, 8)))
-    steps = [makers[name]() for name in names]
+        rotate=lambda: t.GlobalRotScaleTransImage([-3.1, 3.1], [1, 1], 0, rotate_empty=bool(rng.integers(2))),
+        scale=lambda: t.GlobalRotScaleTransImage([0, 0], [0.8, 1.25], 0),
+        translate=lambda: t.GlobalRotScaleTransImage([0, 0], [1, 1], [0.5, 0.5, 0.5]),
+        all_three=lambda: t.GlobalRotScaleTransImage([-0.785, 0.785], [0.9, 1.1], 0.5),
+        flip_y=lambda: t.RandomFlip3DImage(1, 0),
+        flip_x=lambda: t.RandomFlip3DImage(0, 1),
+        flips=t.RandomFlip3DImage,
+        crop=crop,
+        mirror=lambda: t.ResizeCropFlipImage((320, 800), flip=1),
+        test_form=lambda: t.ResizeCropFlipImage((320, 800)),
+        shuffle=PointShuffle,
+        filter=lambda: PointsRangeFilter([-54, -54, -5, 54, 54, 3]),
+        mask=lambda: t.ModalityMask(0.4, 0.4),
+        paste=lambda: PasteObjects(str(root), CLASSES, restore_originals=bool(rng.integers(2))))
+    names = list(rng.choice([name for name in makers if name not in ("mask", "paste")], rng.integers(1, 8)))
     for name, share in (("mask", 0.5), ("paste", 0.5)):
         if rng.random() < share:
             last = names.index("mask") if "mask" in names else len(names)
-            place = int(rng.integers(0, last + 1))
-            names.insert(place, name)
-            steps.insert(place, t.ModalityMask(0.4, 0.4) if name == "mask" else PasteObjects(str(root), CLASSES, restore_originals=bool(rng.integers(2))))
-    return names, steps
+            names.insert(int(rng.integers(0, last + 1)), name)
+    return names, [makers[name]() for name in names]
 
 
 def project(matrix, xyz):
@@ -125,7 +135,8 @@ def test_points_pixels_boxes_and_velocities_stay_together(database, seed):
         frame = random_frame(rng, (900, 1600) if trial == 0 else (225, 400))
         names, steps = random_composition(rng, root)
         where = f"seed {seed}, trial {trial}: {', '.join(names)}"
-        raw, start, labels = frame["cam2img"] @ frame["lidar2cam"], frame["points"].tensor[:, :3].double().numpy(), frame["gt_labels_3d"].copy()
+        raw, labels = frame["cam2img"] @ frame["lidar2cam"], frame["gt_labels_3d"].copy()
+        start = frame["points"].tensor[:, :3].double().numpy()
         frame["gt_bboxes_3d"], originals = frame["gt_bboxes_3d"].clone(), frame["gt_bboxes_3d"]
         out, born = apply(steps, frame)
         born["boxes"][0] = (originals, np.eye(4))
@@ -179,7 +190,7 @@ def test_points_pixels_boxes_and_velocities_stay_together(database, seed):
 
 @pytest.mark.parametrize("case", ["test", "a", "b", "c"])
 def test_recorded_matrices_move_points_to_recorded_pixels(shared, case):
-    """Recorded resize, crop and mirror: a point's pixel by the recorded matrix is its raw pixel by this package's image matrix."""
+    """Recorded resize, crop and mirror: a point's pixel by the recorded matrix is its raw pixel moved by `image_matrix`."""
     golden = np.load(shared / "golden/augment.npz")
     resize, _, _, x0, y0, x1, _, flip = golden[f"imgaug/{case}/params_resize_newWH_cropx0y0x1y1_flip"]
     affine = t.image_matrix(resize, (x0, y0), x1 - x0, bool(flip))
@@ -192,9 +203,14 @@ def test_recorded_matrices_move_points_to_recorded_pixels(shared, case):
     assert np.abs(got - (raw @ affine[:2, :2].T + affine[:2, 2])).max() < 1e-3
 
 
-def test_what_is_painted_at_a_point_is_seen_there(database):
-    """A disc painted at a point's raw pixel is found, in the augmented image, where the augmented matrices put the augmented point."""
+@pytest.mark.parametrize("size,factor", [((128, 320), (0.94, 1.25)), ((200, 300), (0.6, 1.2)), ((90, 500), (0.6, 1.0))])
+def test_what_is_painted_at_a_point_is_seen_there(size, factor):
+    """A disc painted at a point's raw pixel is found in the augmented image where the augmented matrices put the augmented point.
+
+    The second size reaches above the resized image (negative first row), the third beyond its side.
+    """
     found, rng = [], np.random.default_rng(3)
+    height, width = size
     for trial in range(30):
         frame = random_frame(rng, (225, 400))
         np.random.seed(trial)
@@ -208,25 +224,28 @@ def test_what_is_painted_at_a_point_is_seen_there(database):
             if len(inside):
                 rows, columns = np.mgrid[:225, :400] + 0.5
                 image[np.hypot(columns - pixel[inside[0], 0], rows - pixel[inside[0], 1]) < 5] = 255
-        out, _ = apply([t.GlobalRotScaleTransImage([-0.785, 0.785], [0.9, 1.1], 0.5), t.RandomFlip3DImage(), t.ResizeCropFlipImage((128, 320), (0.94, 1.25), 0.5, True)], frame)
+        space = [t.GlobalRotScaleTransImage([-0.785, 0.785], [0.9, 1.1], 0.5), t.RandomFlip3DImage()]
+        out, _ = apply([*space, t.ResizeCropFlipImage(size, factor, 0.5, True)], frame)
         points = out["points"].tensor[:, :3].double().numpy()
         for view, index in enumerate(chosen):
             if index is not None:
                 (target,), _ = project(out["lidar2img"][view], points[index:index + 1])
-                if (target > 8).all() and (target < [312, 120]).all():
-                    rows, columns = np.mgrid[:128, :320] + 0.5
+                if (target > 8).all() and (target < [width - 8, height - 8]).all():
+                    rows, columns = np.mgrid[:height, :width] + 0.5
                     weight = out["img"][view][..., 0].astype(float)
-                    found.append(np.abs(np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum() - target).max())
+                    centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+                    found.append(np.abs(centre - target).max())
     assert len(found) > 50
     assert max(found) < 1.0, max(found)  # the resized image has whole pixels, the matrix does not round
 
 
-def test_test_form_is_the_identity_in_space(database):
+def test_test_form_is_the_identity_in_space():
     rng = np.random.default_rng(0)
     frame = random_frame(rng, (900, 1600))
     before = copy.deepcopy(frame)
     out, _ = apply([t.ResizeCropFlipImage((640, 1600))], frame)
-    assert np.array_equal(out["points"].tensor, before["points"].tensor) and np.array_equal(out["gt_bboxes_3d"].tensor, before["gt_bboxes_3d"].tensor)
+    for name in ("points", "gt_bboxes_3d"):
+        assert np.array_equal(out[name].tensor, before[name].tensor)
     assert np.array_equal(out["lidar2cam"], before["lidar2cam"]) and "lidar_aug_matrix" not in out
     np.testing.assert_array_equal(out["img_affine"], np.tile([[1, 0, 0], [0, 1, -260], [0, 0, 1]], (6, 1, 1)))
     assert all(np.array_equal(image, raw[260:]) for image, raw in zip(out["img"], before["img"]))

@@ -1,4 +1,4 @@
-"""Pasted objects, sensors and modality mask: against golden pixels, plain counts, and through whole pipelines of a synthetic world."""
+"""Pasted objects, sensors and modality mask: golden pixels, plain counts, and whole pipelines on a synthetic world."""
 import copy
 import pickle
 import shutil
@@ -27,14 +27,16 @@ from mmdet3d.structures.points import LiDARPoints  # noqa: E402
 
 CLASSES = list(NuScenesFrames.METAINFO["classes"])
 RANGE = [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0]
-CAMERA_KEYS = {"img_path", "cameras", "ori_shape", "img_shape", "pad_shape", "img_affine", "img_flip", "cam2img", "lidar2cam", "lidar2img"}
+CAMERA_KEYS = {"img_path", "cameras", "ori_shape", "img_shape", "pad_shape", "img_affine", "img_flip", "cam2img", "lidar2cam",
+               "lidar2img"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A world with an object database."""
     root = tmp_path_factory.mktemp("paste") / "world"
-    make_world(root, scenes=["scene-0061", "scene-0553", "scene-0103"], keyframes=2, sweeps=1, image_size=(400, 225), seed=3, workers=1, progress=False)
+    make_world(root, scenes=["scene-0061", "scene-0553", "scene-0103"], keyframes=2, sweeps=1, image_size=(400, 225), seed=3,
+               workers=1, progress=False)
     make_infos(root)
     build_database(root, sweeps=1, workers=1, progress=False)
     return root
@@ -90,8 +92,8 @@ def test_fusion_frame_gains_points_boxes_and_pixels(root):
         assert had <= has <= max(had, target)
     old = {tuple(box) for box in before["boxes"]}
     new = [tuple(box) for box in after["boxes"] if tuple(box) not in old]
-    objects = [entry for entries in pickle.loads((root / "nuscenes_dbinfos_train.pkl").read_bytes()).values() for entry in entries]
-    known = {tuple(entry["box3d_lidar"]): entry for entry in objects}
+    objects = pickle.loads((root / "nuscenes_dbinfos_train.pkl").read_bytes())
+    known = {tuple(entry["box3d_lidar"]): entry for entries in objects.values() for entry in entries}
     assert len(new) == number and all(known[box]["num_points_in_gt"] >= 5 for box in new)
 
 
@@ -120,12 +122,13 @@ def test_cameras_alone_read_no_points_and_stay_with_their_boxes(root, tmp_path):
     recipe = dict(AUGMENTATION, rotation=(-0.3925, 0.3925), scale=(0.95, 1.05), translation=0.0, flip_scene=0.0)
     plain = sample(training_set(copied, augmentation=None, sensors=["camera"]))
     turned = sample(training_set(copied, augmentation=recipe, sensors=["camera"]), seed=5)
-    assert set(turned["inputs"]) == {"img"} and not {"lidar_path", "num_dropped_points", "modality"} & set(turned["data_samples"].metainfo)
     old, new = plain["data_samples"], turned["data_samples"]
+    assert set(turned["inputs"]) == {"img"} and not {"lidar_path", "num_dropped_points", "modality"} & set(new.metainfo)
     angle = np.arctan2(new.lidar_aug_matrix[1, 0], new.lidar_aug_matrix[0, 0])
     assert 0.02 < abs(angle) < 0.3925
-    # boxes turn as the matrices do: the corners' pixels are those of the raw frame, brought to the new input (range filters act on turned boxes)
-    corners, moved = (np.pad(data.gt_instances_3d.bboxes_3d.corners.numpy().reshape(-1, 3).astype(float), ((0, 0), (0, 1)), constant_values=1) for data in (old, new))
+    # boxes turn as the matrices do: corners keep their pixels (not all boxes do, as range filters act on turned ones)
+    corners, moved = (np.pad(data.gt_instances_3d.bboxes_3d.corners.numpy().reshape(-1, 3).astype(float), ((0, 0), (0, 1)),
+                             constant_values=1) for data in (old, new))
     target = corners @ new.lidar_aug_matrix.T
     match = np.linalg.norm(target[:, None] - moved[None], axis=-1).argmin(1)
     near = np.linalg.norm(target - moved[match], axis=-1) < 1e-4
@@ -133,9 +136,11 @@ def test_cameras_alone_read_no_points_and_stay_with_their_boxes(root, tmp_path):
     for view in range(6):
         raw, seen_now = corners[near] @ old.lidar2img[view].T, moved[match[near]] @ new.lidar2img[view].T
         front = raw[:, 2] > 1
-        pixel = np.c_[raw[front, :2] / raw[front, 2:3], np.ones(front.sum())] @ (new.img_affine[view] @ np.linalg.inv(old.img_affine[view])).T
+        affine = new.img_affine[view] @ np.linalg.inv(old.img_affine[view])
+        pixel = np.c_[raw[front, :2] / raw[front, 2:3], np.ones(front.sum())] @ affine.T
         inside = (np.abs(pixel[:, :2]) < 1000).all(1)
-        assert np.abs(pixel[:, :2] - seen_now[front, :2] / seen_now[front, 2:3])[inside].max(initial=0) < 5e-3    # float32 corners, not float64 points
+        error = np.abs(pixel[:, :2] - seen_now[front, :2] / seen_now[front, 2:3])[inside]
+        assert error.max(initial=0) < 5e-3    # the corners of turned boxes are computed in float32
     test = DATASETS.build(settings(copied, sensors=["camera"])["val_dataloader"]["dataset"])[0]
     assert set(test["inputs"]) == {"img"} and "lidar2img" in test["data_samples"].metainfo
 
@@ -155,7 +160,9 @@ def test_both_hooks_reach_the_transform_of_the_built_dataset(root, balanced):
     dataset = training_set(root, paste=dict(), cbgs=balanced)
     transform, = paste_transforms(dataset)
     log = SimpleNamespace(info=lambda text: None)
-    runner = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset, persistent_workers=False), epoch=15, iter=1500, max_iters=2000, model=torch.nn.Linear(1, 1), logger=log)
+    loader = SimpleNamespace(dataset=dataset, persistent_workers=False)
+    runner = SimpleNamespace(train_dataloader=loader, epoch=15, iter=1500, max_iters=2000, model=torch.nn.Linear(1, 1),
+                             logger=log)
     DisableObjectSampleHook(15).before_train_epoch(runner)
     assert transform.disabled
     runner.iter = 1499
@@ -191,7 +198,8 @@ def write_database(folder, entries):
     for entry in entries:
         np.zeros((entry["num_points_in_gt"], 5), np.float32).tofile(folder / entry["path"])
     names = {entry["name"] for entry in entries}
-    (folder / "nuscenes_dbinfos_train.pkl").write_bytes(pickle.dumps({name: [e for e in entries if e["name"] == name] for name in names}))
+    content = {name: [e for e in entries if e["name"] == name] for name in names}
+    (folder / "nuscenes_dbinfos_train.pkl").write_bytes(pickle.dumps(content))
 
 
 def entry(name, number, place, points=9, difficulty=0):
@@ -202,7 +210,8 @@ def entry(name, number, place, points=9, difficulty=0):
 def test_sparse_and_difficult_objects_are_left_out(tmp_path):
     kept, sparse, hard = entry("car", 0, (10, 0)), entry("car", 1, (0, 10), points=4), entry("car", 2, (-10, 0), difficulty=-1)
     write_database(tmp_path, [kept, sparse, hard])
-    sampler = PatchDatabaseSampler(str(tmp_path), CLASSES, targets=dict(car=9, bus=3, zebra=1))    # no bus in the database, no class zebra
+    # there is no bus in the database, and zebra is no class
+    sampler = PatchDatabaseSampler(str(tmp_path), CLASSES, targets=dict(car=9, bus=3, zebra=1))
     drawn = sampler.sample_all(np.zeros((0, 9), np.float32), np.zeros(0, int))
     assert [e["path"] for e in drawn] == ["0.bin"]
     own = kept["box3d_lidar"][None]
@@ -228,12 +237,14 @@ def test_every_object_is_drawn_once_before_any_comes_again(tmp_path):
         assert sorted(e["path"] for _ in range(3) for e in sampler.sample_all(*empty)) == [f"{i}.bin" for i in range(9)]
 
 
-@pytest.mark.parametrize("draw,modality", [(0.0, "both"), (0.5, "both"), (0.5000001, "camera"), (0.75, "camera"), (0.7500001, "lidar"), (0.999, "lidar")])
+@pytest.mark.parametrize("draw,modality", [(0.0, "both"), (0.5, "both"), (0.5000001, "camera"), (0.75, "camera"),
+                                           (0.7500001, "lidar"), (0.999, "lidar")])
 def test_thresholds_of_the_modality_mask(monkeypatch, draw, modality):
     monkeypatch.setattr(np.random, "rand", lambda: draw)
     out = transforms.ModalityMask()(dict(img=[np.ones((2, 2, 3), np.uint8)] * 2, points=LiDARPoints(torch.ones(3, 5), 5)))
     assert out["modality"] == modality
-    assert all(image.any() == (modality != "lidar") for image in out["img"]) and bool(out["points"].tensor.any()) == (modality != "camera")
+    assert all(image.any() == (modality != "lidar") for image in out["img"])
+    assert bool(out["points"].tensor.any()) == (modality != "camera")
 
 
 def test_shares_of_the_modality_mask():
@@ -248,8 +259,8 @@ def test_shares_of_the_modality_mask():
 
 @pytest.mark.parametrize("lost", ["image", "lidar"])
 def test_mask_takes_pasted_pixels_and_points_but_no_label(root, lost):
-    chance = {f"drop_{name}": float(name == lost) for name in ("image", "lidar")}
-    whole, masked = (sample(training_set(root, augmentation=dict(AUGMENTATION, **drop), paste=dict())) for drop in (dict(drop_image=0.0, drop_lidar=0.0), chance))
+    chances = (dict(drop_image=0.0, drop_lidar=0.0), {f"drop_{name}": float(name == lost) for name in ("image", "lidar")})
+    whole, masked = (sample(training_set(root, augmentation=dict(AUGMENTATION, **drop), paste=dict())) for drop in chances)
     one, two = content(whole), content(masked)
     assert np.array_equal(one["labels"], two["labels"]) and np.array_equal(one["boxes"], two["boxes"])
     assert whole["data_samples"].num_pasted == masked["data_samples"].num_pasted > 3
@@ -263,11 +274,13 @@ def test_tiny_config_pastes_nothing_and_loads_both_sensors():
     """The committed demo depends on its data: steps and settings are those it was trained with."""
     pipeline = load_config("cmt_aqr_tiny").train_dataloader.dataset.pipeline
     assert [step.type for step in pipeline] == [
-        "LoadLidarPoints", "LoadLidarSweeps", "LoadCameraImages", "LoadAnnotations3D", "ModalityMask", "GlobalRotScaleTransImage", "RandomFlip3DImage",
-        "PointsRangeFilter", "ObjectRangeFilter", "ObjectNameFilter", "PointShuffle", "ResizeCropFlipImage", "AssembleLidar2Img", "Pack3DDetInputs"]
+        "LoadLidarPoints", "LoadLidarSweeps", "LoadCameraImages", "LoadAnnotations3D", "ModalityMask", "GlobalRotScaleTransImage",
+        "RandomFlip3DImage", "PointsRangeFilter", "ObjectRangeFilter", "ObjectNameFilter", "PointShuffle", "ResizeCropFlipImage",
+        "AssembleLidar2Img", "Pack3DDetInputs"]
 
 
-@pytest.mark.parametrize("lines", ["paste = dict()", "paste = dict(mixup=0.3, until=0.5)", "from cmtaqr.data.pipelines import PASTE as paste", "paste = None"])
+@pytest.mark.parametrize("lines", ["paste = dict()", "paste = dict(mixup=0.3, until=0.5)", "paste = None",
+                                   "from cmtaqr.data.pipelines import PASTE as paste"])
 def test_config_asks_for_pasting_in_one_line(tmp_path, lines):
     base = Path(__file__).resolve().parent.parent / "cmtaqr/configs/cmt_aqr_tiny.py"
     (tmp_path / "child.py").write_text(f'_base_ = [r"{base}"]\n{lines}\n')

@@ -101,8 +101,9 @@ def hidden_points(xyz, corners, lidar2img, shapes):
             hidden |= (point[:, 2] > far) & (pixel >= rectangle[:2]).all(1) & (pixel < rectangle[2:]).all(1)
     return hidden
 
-# %% ../../nbs/46a_paste.ipynb #329695d1
-TARGETS = dict(car=2, truck=3, construction_vehicle=7, bus=4, trailer=6, barrier=2, motorcycle=6, bicycle=6, pedestrian=2, traffic_cone=2)
+# %% ../../nbs/46a_paste.ipynb #c8fe7c7c
+TARGETS = dict(car=2, truck=3, construction_vehicle=7, bus=4, trailer=6, barrier=2, motorcycle=6, bicycle=6, pedestrian=2,
+               traffic_cone=2)
 
 
 @TRANSFORMS.register_module(force=True)
@@ -123,10 +124,11 @@ class PatchDatabaseSampler(DataBaseSampler):
     def __init__(self, data_root, classes, info_path='nuscenes_dbinfos_train.pkl', targets=TARGETS, min_points=5):
         path = Path(data_root) / info_path
         if not path.is_file():
-            raise FileNotFoundError(f'no object database {path}: make it with `python -m cmtaqr.data.database {data_root}`, or set paste=None in the config')
+            raise FileNotFoundError(f'no object database {path}: make it with `python -m cmtaqr.data.database {data_root}`, '
+                                    'or set paste=None in the config')
         targets = {name: target for name, target in targets.items() if name in classes}
-        super().__init__(str(path), str(data_root), 1.0, dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(targets, min_points)), targets,
-                         classes=list(classes), points_loader=dict(type='LoadLidarPoints'))
+        prepare = dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(targets, min_points))
+        super().__init__(str(path), str(data_root), 1.0, prepare, targets, list(classes), dict(type='LoadLidarPoints'))
         self.sampler_dict = {}    # filled at the first draw, see `sample_all`
         empty = [name for name in targets if not self.db_infos.get(name)]
         if empty:
@@ -135,7 +137,8 @@ class PatchDatabaseSampler(DataBaseSampler):
 
     @staticmethod
     def filter_by_min_points(db_infos, min_gt_points_dict):
-        return DataBaseSampler.filter_by_min_points(db_infos, {name: least for name, least in min_gt_points_dict.items() if name in db_infos})
+        known = {name: least for name, least in min_gt_points_dict.items() if name in db_infos}
+        return DataBaseSampler.filter_by_min_points(db_infos, known)
 
     def sample_all(self, gt_bboxes, gt_labels, img=None, ground_plane=None):
         """Draw objects that go with a frame's boxes.
@@ -154,9 +157,9 @@ class PatchDatabaseSampler(DataBaseSampler):
             if missing > 0:
                 if name not in self.sampler_dict:
                     self.sampler_dict[name] = BatchSampler(self.db_infos[name], name)
-                fitting = self.sample_class_v2(name, missing, occupied)
+                fitting, places = self.sample_class_v2(name, missing, occupied), occupied[:, :2]
                 # mmdet3d sees no collision between boxes that coincide: an object of this very frame
-                drawn += [entry for entry in fitting if not (np.abs(occupied[:, :2] - entry['box3d_lidar'][:2]) < 1e-3).all(1).any()]
+                drawn += [entry for entry in fitting if not np.isclose(places, entry['box3d_lidar'][:2], atol=1e-3).all(1).any()]
                 occupied = np.concatenate([gt_bboxes, *(entry['box3d_lidar'][None] for entry in drawn)])
         return drawn
 
@@ -170,7 +173,7 @@ class PatchDatabaseSampler(DataBaseSampler):
         """Patch [h, w, 3] uint8 of an entry, or None if it has none."""
         return read_image(Path(self.data_root) / entry['patch_path']) if entry.get('patch_path') else None
 
-# %% ../../nbs/46a_paste.ipynb #820ad643
+# %% ../../nbs/46a_paste.ipynb #2efea6e0
 @TRANSFORMS.register_module(force=True)
 class PasteObjects(ObjectSample):
     """Pastes objects of other frames into points, boxes, labels and images. The defaults are the released recipe.
@@ -185,14 +188,16 @@ class PasteObjects(ObjectSample):
         num_pasted (int).
     """
 
-    def __init__(self, data_root, classes, info_path='nuscenes_dbinfos_train.pkl', targets=TARGETS, min_points=5, mixup=0.5, restore_originals=False,
-                 remove_hidden_points=False, until=0.75):
+    def __init__(self, data_root, classes, info_path='nuscenes_dbinfos_train.pkl', targets=TARGETS, min_points=5, mixup=0.5,
+                 restore_originals=False, remove_hidden_points=False, until=0.75):
         for name, value in (('mixup', mixup), ('until', until)):
             if not 0 <= value <= 1:
                 raise ValueError(f'{name}={value} of the paste settings must lie between 0 and 1')
         self._off = torch.zeros((), dtype=torch.bool).share_memory_()
-        super().__init__(dict(type='PatchDatabaseSampler', data_root=data_root, classes=classes, info_path=info_path, targets=targets, min_points=min_points))
-        self.mixup, self.restore_originals, self.remove_hidden_points, self.until = mixup, restore_originals, remove_hidden_points, until
+        super().__init__(dict(type='PatchDatabaseSampler', data_root=data_root, classes=classes, info_path=info_path,
+                              targets=targets, min_points=min_points))
+        self.mixup, self.restore_originals = mixup, restore_originals
+        self.remove_hidden_points, self.until = remove_hidden_points, until
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -214,7 +219,8 @@ class PasteObjects(ObjectSample):
         if entries:
             pasted = boxes.new_box(np.stack([entry['box3d_lidar'] for entry in entries]))
             results['gt_bboxes_3d'] = boxes.cat([boxes, pasted])
-            results['gt_labels_3d'] = np.concatenate([labels, [self.db_sampler.cat2label[entry['name']] for entry in entries]]).astype(np.int64)
+            added = [self.db_sampler.cat2label[entry['name']] for entry in entries]
+            results['gt_labels_3d'] = np.concatenate([labels, added]).astype(np.int64)
             points = self.remove_points_in_boxes(results['points'], pasted.numpy())
             if 'img' in results:
                 points = self._paste_images(results, points, pasted, entries)
@@ -224,6 +230,8 @@ class PasteObjects(ObjectSample):
     def _paste_images(self, results, points, pasted, entries):
         lidar2img, corners = results['cam2img'] @ results['lidar2cam'], results['gt_bboxes_3d'].corners.numpy()
         if self.remove_hidden_points:
-            points = points[~hidden_points(points.coord.numpy(), pasted.corners.numpy(), lidar2img, [image.shape[:2] for image in results['img']])]
-        results['img'] = paste_patches(results['img'], corners, lidar2img, [self.db_sampler.patch(entry) for entry in entries], self.mixup, self.restore_originals)
+            shapes = [image.shape[:2] for image in results['img']]
+            points = points[~hidden_points(points.coord.numpy(), pasted.corners.numpy(), lidar2img, shapes)]
+        patches = [self.db_sampler.patch(entry) for entry in entries]
+        results['img'] = paste_patches(results['img'], corners, lidar2img, patches, self.mixup, self.restore_originals)
         return points

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from . import paste as _paste, transforms  # registers what the pipelines name
 
-# %% ../../nbs/45_pipelines.ipynb #2688e698
+# %% ../../nbs/45_pipelines.ipynb #df581489
 AUGMENTATION = dict(resize=(0.94, 1.25), flip_image=0.5, rotation=(-0.785, 0.785), scale=(0.9, 1.1), translation=0.5,
                     flip_scene=0.5, drop_image=0.25, drop_lidar=0.25, rotate_empty=True)
 PASTE = dict(targets=_paste.TARGETS, min_points=5, mixup=0.5, restore_originals=False, remove_hidden_points=False, until=0.75)
 COMMON_KEYS = ('sample_idx', 'token', 'timestamp', 'lidar_aug_matrix', 'ego2global', 'modality', 'box_type_3d', 'box_mode_3d')
 SENSOR_KEYS = dict(lidar=('lidar_path', 'num_dropped_points', 'num_pasted'),
-                   camera=('img_path', 'cameras', 'ori_shape', 'img_shape', 'pad_shape', 'img_affine', 'img_flip', 'cam2img', 'lidar2cam', 'lidar2img'))
+                   camera=('img_path', 'cameras', 'ori_shape', 'img_shape', 'pad_shape', 'img_affine', 'img_flip', 'cam2img',
+                           'lidar2cam', 'lidar2img'))
 
 
 def _check_known(name, given, known):
@@ -26,8 +27,8 @@ def _check_known(name, given, known):
         raise ValueError(f'unknown {name} {sorted(unknown)}; known are {list(known)}')
 
 
-def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None, sensors=('lidar', 'camera'),
-                      paste=None, data_root=None):
+def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None,
+                      sensors=('lidar', 'camera'), paste=None, data_root=None):
     """Pipeline as a list of mmengine configs.
 
     Args:
@@ -42,15 +43,18 @@ def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, swee
         data_root (str | None): Root whose object database is pasted from.
 
     Raises:
-        ValueError: If `augmentation` or `paste` has an unknown entry, `sensors` an unknown or no name, or if pasting is asked for without LiDAR.
+        ValueError: If `augmentation` or `paste` has an unknown entry, `sensors` an unknown name or none, or if pasting is asked
+            for without LiDAR.
     """
     lidar, camera = (name in sensors for name in ('lidar', 'camera'))
     if not sensors or set(sensors) - {'lidar', 'camera'}:
         raise ValueError(f"sensors={list(sensors)} must name 'lidar', 'camera' or both")
-    load = [dict(type='LoadLidarPoints'), dict(type='LoadLidarSweeps', sweeps_num=sweeps_num)] * lidar + [dict(type='LoadCameraImages')] * camera
+    load = [dict(type='LoadLidarPoints'), dict(type='LoadLidarSweeps', sweeps_num=sweeps_num)] * lidar
+    load += [dict(type='LoadCameraImages')] * camera
     finish = [dict(type='AssembleLidar2Img')] * camera
     inputs = ['points'] * lidar + ['img'] * camera
-    meta_keys = COMMON_KEYS + SENSOR_KEYS['lidar'] * lidar + SENSOR_KEYS['camera'] * camera    # mmdet3d packs those of unread files too
+    # by sensor, since mmdet3d also packs what the info file says about files that are not read
+    meta_keys = COMMON_KEYS + SENSOR_KEYS['lidar'] * lidar + SENSOR_KEYS['camera'] * camera
     if not training:
         return [*load, *[dict(type='ResizeCropFlipImage', input_size=input_size)] * camera, *finish,
                 dict(type='Pack3DDetInputs', keys=inputs, meta_keys=meta_keys)]
@@ -58,28 +62,30 @@ def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, swee
     _check_known('paste settings', paste, PASTE)
     if paste is not None and not lidar:
         raise ValueError(f'objects cannot be pasted with sensors={list(sensors)}: set paste=None, or add lidar')
-    still = dict(resize=(1.0, 1.0), flip_image=0.0, rotation=(0.0, 0.0), scale=(1.0, 1.0), translation=0.0, flip_scene=0.0, drop_image=0.0, drop_lidar=0.0,
-                 rotate_empty=True)
+    still = dict(resize=(1.0, 1.0), flip_image=0.0, rotation=(0.0, 0.0), scale=(1.0, 1.0), translation=0.0, flip_scene=0.0,
+                 drop_image=0.0, drop_lidar=0.0, rotate_empty=True)
     a = dict(still, **(augmentation or {}))
     return [
         *load,
         dict(type='LoadAnnotations3D', with_bbox_3d=True, with_label_3d=True),
         *([] if paste is None else [dict(type='PasteObjects', data_root=data_root, classes=class_names, **dict(PASTE, **paste))]),
         *[dict(type='ModalityMask', image=a['drop_image'], lidar=a['drop_lidar'])] * (lidar and camera),
-        dict(type='GlobalRotScaleTransImage', rot_range=a['rotation'], scale_ratio_range=a['scale'], translation_std=[a['translation']] * 3,
-             rotate_empty=a['rotate_empty']),
+        dict(type='GlobalRotScaleTransImage', rot_range=a['rotation'], scale_ratio_range=a['scale'],
+             translation_std=[a['translation']] * 3, rotate_empty=a['rotate_empty']),
         dict(type='RandomFlip3DImage', horizontal=a['flip_scene'], vertical=a['flip_scene']),
         *[dict(type='PointsRangeFilter', point_cloud_range=point_cloud_range)] * lidar,
         dict(type='ObjectRangeFilter', point_cloud_range=point_cloud_range),
         dict(type='ObjectNameFilter', classes=class_names),
         *[dict(type='PointShuffle')] * lidar,
-        *[dict(type='ResizeCropFlipImage', input_size=input_size, resize=a['resize'], flip=a['flip_image'], random_crop=bool(augmentation))] * camera,
+        *[dict(type='ResizeCropFlipImage', input_size=input_size, resize=a['resize'], flip=a['flip_image'],
+               random_crop=bool(augmentation))] * camera,
         *finish,
         dict(type='Pack3DDetInputs', keys=[*inputs, 'gt_bboxes_3d', 'gt_labels_3d'], meta_keys=meta_keys)]
 
-# %% ../../nbs/45_pipelines.ipynb #d2c6f1bc
-def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None, batch_size=1, num_workers=0,
-                  cbgs=False, train_ann_file='nuscenes_infos_train.pkl', val_ann_file='nuscenes_infos_val.pkl', sensors=('lidar', 'camera'), paste=None):
+# %% ../../nbs/45_pipelines.ipynb #6ce2924f
+def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None, batch_size=1,
+                  num_workers=0, cbgs=False, train_ann_file='nuscenes_infos_train.pkl', val_ann_file='nuscenes_infos_val.pkl',
+                  sensors=('lidar', 'camera'), paste=None):
     """Dataloaders and evaluators for a nuScenes root, as mmengine configs.
 
     Args:
@@ -94,20 +100,22 @@ def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_
     Returns:
         dict: `train_dataloader`, `val_dataloader`, `test_dataloader`, `val_evaluator`, `test_evaluator`.
     """
-    geometry = dict(point_cloud_range=point_cloud_range, class_names=class_names, input_size=input_size, sweeps_num=sweeps_num, sensors=sensors)
+    geometry = dict(point_cloud_range=point_cloud_range, class_names=class_names, input_size=input_size, sweeps_num=sweeps_num,
+                    sensors=sensors)
     modality = dict(use_lidar='lidar' in sensors, use_camera='camera' in sensors)
 
     def loader(ann_file, training):
-        dataset = dict(type='NuScenesFrames', data_root=data_root, ann_file=ann_file, test_mode=not training, metainfo=dict(classes=class_names),
-                       modality=modality, pipeline=nuscenes_pipeline(training, augmentation=augmentation, paste=paste, data_root=data_root, **geometry))
+        pipeline = nuscenes_pipeline(training, augmentation=augmentation, paste=paste, data_root=data_root, **geometry)
+        dataset = dict(type='NuScenesFrames', data_root=data_root, ann_file=ann_file, test_mode=not training,
+                       metainfo=dict(classes=class_names), modality=modality, pipeline=pipeline)
         if training and cbgs:
             dataset = dict(type='BalancedFrames', dataset=dataset)
         return dict(batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0,
                     sampler=dict(type='DefaultSampler', shuffle=training), dataset=dataset)
 
     evaluator = dict(type='NuScenesMetric', data_root=data_root, ann_file=str(Path(data_root) / val_ann_file))
-    return dict(train_dataloader=loader(train_ann_file, True), val_dataloader=loader(val_ann_file, False), test_dataloader=loader(val_ann_file, False),
-                val_evaluator=evaluator, test_evaluator=copy.deepcopy(evaluator))
+    return dict(train_dataloader=loader(train_ann_file, True), val_dataloader=loader(val_ann_file, False),
+                test_dataloader=loader(val_ann_file, False), val_evaluator=evaluator, test_evaluator=copy.deepcopy(evaluator))
 
 
 def with_data(cfg):
@@ -115,7 +123,8 @@ def with_data(cfg):
     names = data_settings.__code__.co_varnames[:data_settings.__code__.co_argcount]
     missing = [name for name in names[:4] if name not in cfg]
     if missing:
-        raise ValueError(f'config {getattr(cfg, "filename", "")} does not say {", ".join(missing)}: inherit from _base_/nuscenes.py or set them')
+        raise ValueError(f'config {getattr(cfg, "filename", "")} does not say {", ".join(missing)}: inherit from '
+                         '_base_/nuscenes.py or set them')
     for key, value in data_settings(**{name: cfg[name] for name in names if name in cfg}).items():
         cfg[key] = value
     return cfg

@@ -58,7 +58,7 @@ class LoadLidarPoints(_CheckedReader, LoadPointsFromFile):
     def __init__(self, nan='raise'):
         super().__init__(coord_type='LIDAR', load_dim=5, use_dim=5, nan=nan)
 
-# %% ../../nbs/44_transforms.ipynb #5b9ece40
+# %% ../../nbs/44_transforms.ipynb #f1003e6e
 @TRANSFORMS.register_module(force=True)
 class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
     """Adds earlier LiDAR measurements in key-frame coordinates; column 4 becomes the age in seconds (0 for the key frame).
@@ -76,7 +76,7 @@ class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
         stored = results.get('lidar_sweeps', [])
         results['lidar_sweeps'] = copy.deepcopy(stored)
         for sweep in results['lidar_sweeps']:
-            # mmdet3d computes R @ p - lidar2sensor[:3, 3]; that is the inverse transform only if the column holds minus its translation
+            # mmdet3d computes R @ p - lidar2sensor[:3, 3]: the inverse transform only if that column holds minus its translation
             inverse = np.linalg.inv(sweep['lidar_points']['lidar2sensor'])
             sweep['lidar_points']['lidar2sensor'] = np.block([[inverse[:3, :3].T, -inverse[:3, 3:]], [np.zeros((1, 3)), 1]])
         results = super().transform(results)

@@ -9,7 +9,7 @@ __all__ = ['paste_transforms', 'PasteFadeHook']
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-# %% ../../nbs/51b_fade.ipynb #99812859
+# %% ../../nbs/51b_fade.ipynb #58a36bbb
 def paste_transforms(dataset):
     """Transforms of a dataset that paste objects and can be switched off.
 
@@ -20,8 +20,9 @@ def paste_transforms(dataset):
         List of transforms with `disabled` and `until`.
     """
     inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
-    own = getattr(getattr(dataset, "pipeline", None), "transforms", ())
-    return [t for t in own if hasattr(t, "disabled") and hasattr(t, "until")] + [t for d in inner if d is not None for t in paste_transforms(d)]
+    steps = getattr(getattr(dataset, "pipeline", None), "transforms", ())
+    own = [t for t in steps if hasattr(t, "disabled") and hasattr(t, "until")]
+    return own + [t for d in inner if d is not None for t in paste_transforms(d)]
 
 # %% ../../nbs/51b_fade.ipynb #a2042258
 @HOOKS.register_module(force=True)
