@@ -71,7 +71,8 @@ def truth(built):
     valid = {}
     for index, info in enumerate(load(built / "nuscenes_infos_train.pkl")["data_list"]):
         rows = [nusc.get("sample_annotation", token) for token in nusc.get("sample", info["token"])["anns"]]
-        valid[index] = [row for row in rows if category_to_detection_name(row["category_name"]) and row["num_lidar_pts"] + row["num_radar_pts"] > 0]
+        valid[index] = [row for row in rows if category_to_detection_name(row["category_name"])
+                        and row["num_lidar_pts"] + row["num_radar_pts"] > 0]
     return nusc, valid
 
 
@@ -180,8 +181,8 @@ def test_patch_is_the_projected_rectangle_of_the_image(built, root, truth, choic
 
 def test_sampler_of_mmdet3d_loads_it(built):
     from mmdet3d.datasets.transforms.dbsampler import DataBaseSampler
-    sampler = DataBaseSampler(str(built / LIST), str(built), 1.0, dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(CLASSES, 5)),
-                              dict(car=3), CLASSES, dict(type="LoadPointsFromFile", coord_type="LIDAR", load_dim=5, use_dim=5))
+    prepare = dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(CLASSES, 5))
+    sampler = DataBaseSampler(str(built / LIST), str(built), 1.0, prepare, dict(car=3), CLASSES, dict(type="LoadPointsFromFile", coord_type="LIDAR", load_dim=5, use_dim=5))
     enough = sum(record["num_points_in_gt"] >= 5 for record in records(built))
     assert sum(map(len, sampler.db_infos.values())) == enough
     for record in sampler.sample_class_v2("car", 3, np.zeros((0, 9), np.float32)):
@@ -204,7 +205,8 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker processes through /proc")
 def test_killed_run_is_finished_to_the_same_bytes(built, root):
     script = "import sys; from cmtaqr.data.nuscenes import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", script, str(root), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", script, str(root), "--workers", "2"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     frames = root / f".{FOLDER}" / "frames"
     wait_for(lambda: list(frames.glob("*.pkl")))
     workers = children(process.pid)
@@ -243,7 +245,8 @@ def test_broken_files_are_listed_at_once_and_nothing_is_written(built, root, cap
     infos = load(root / "nuscenes_infos_train.pkl")["data_list"]
     sweep = root / infos[1]["lidar_sweeps"][0]["lidar_points"]["lidar_path"]
     key = root / "samples/LIDAR_TOP" / infos[4]["lidar_points"]["lidar_path"]
-    front, back = (root / "samples" / name / infos[i]["images"][name]["img_path"] for i, name in ((0, "CAM_FRONT"), (5, "CAM_BACK")))
+    front, back = (root / "samples" / name / infos[index]["images"][name]["img_path"]
+                   for index, name in ((0, "CAM_FRONT"), (5, "CAM_BACK")))
     good = {path: path.read_bytes() for path in (sweep, key, front, back)}
     points = np.fromfile(key, np.float32)
     points[7] = np.nan
@@ -308,13 +311,14 @@ def converted(tmp_path_factory):
     if not (tools / "tools" / "create_data.py").is_file():
         pytest.skip(f"this mmdet3d has no converter scripts in {tools}: install its wheel from PyPI")
     folder = tmp_path_factory.mktemp("converted")
-    root = make_world(folder / "root", [*TRAIN, "scene-0103"], keyframes=1, sweeps=0, image_size=(400, 225), workers=1, progress=False)
+    root = make_world(folder / "root", [*TRAIN, "scene-0103"], keyframes=1, sweeps=0, image_size=(400, 225), workers=1,
+                      progress=False)
     assert nuscenes_main([str(root), "--workers", "1"]) == 0
     (folder / "there" / "data").mkdir(parents=True)
     os.symlink(root, folder / "there" / "data" / "nuscenes")
-    subprocess.run([sys.executable, "-m", "tools.create_data", "nuscenes", "--root-path", "./data/nuscenes", "--out-dir", "./data/nuscenes",
-                    "--extra-tag", "theirs", "--version", "v1.0-mini"], cwd=folder / "there", env=dict(os.environ, PYTHONPATH=str(tools)),
-                   check=True, capture_output=True)
+    command = [sys.executable, "-m", "tools.create_data", "nuscenes", "--root-path", "./data/nuscenes", "--out-dir", "./data/nuscenes",
+               "--extra-tag", "theirs", "--version", "v1.0-mini"]
+    subprocess.run(command, cwd=folder / "there", env=dict(os.environ, PYTHONPATH=str(tools)), check=True, capture_output=True)
     return root
 
 
@@ -322,7 +326,8 @@ def test_infos_are_those_of_mmdet3ds_converter(converted):
     """Field by field; the notebook of `cmtaqr.data.nuscenes` does the same with sweeps."""
     def same(ours, theirs, field):
         if isinstance(theirs, dict):
-            assert ours.keys() - theirs.keys() <= {"height", "width", "lidar_sweeps"} and theirs.keys() - ours.keys() <= {"cam_instances"}, field
+            assert ours.keys() - theirs.keys() <= {"height", "width", "lidar_sweeps"}, field
+            assert theirs.keys() - ours.keys() <= {"cam_instances"}, field
             for key in ours.keys() & theirs.keys():
                 same(ours[key], theirs[key], f"{field}.{key}")
         elif isinstance(theirs, list) and theirs and isinstance(theirs[0], dict):
@@ -332,7 +337,7 @@ def test_infos_are_those_of_mmdet3ds_converter(converted):
         elif isinstance(theirs, str):
             assert ours == theirs, field
         elif np.ndim(theirs) == 2:    # matrices: theirs are rounded to single precision
-            assert np.array_equal(np.asarray(ours).astype(np.float32), np.asarray(theirs).astype(np.float32)) or np.allclose(ours, theirs, rtol=1e-6, atol=1e-7), field
+            assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-7), field
         else:
             assert np.allclose(ours, theirs, rtol=0, atol=1e-12, equal_nan=True), field
 
@@ -347,7 +352,8 @@ def test_infos_are_those_of_mmdet3ds_converter(converted):
 
 def test_objects_are_those_of_mmdet3ds_converter(converted):
     """Same boxes and the same bytes of points, padding included (with sweeps mmdet3d's loader mistakes their translation)."""
-    tokens = [[info["token"] for info in load(converted / f"{name}_infos_train.pkl")["data_list"]] for name in ("nuscenes", "theirs")]
+    tokens = [[info["token"] for info in load(converted / f"{name}_infos_train.pkl")["data_list"]]
+              for name in ("nuscenes", "theirs")]
     ours, theirs = (load(converted / f"{name}_dbinfos_train.pkl") for name in ("nuscenes", "theirs"))
     theirs = {(tokens[1][r["image_idx"]], r["gt_idx"]): r for group in theirs.values() for r in group}
     ours = {(tokens[0][r["image_idx"]], r["gt_idx"]): r for group in ours.values() for r in group}
@@ -355,5 +361,6 @@ def test_objects_are_those_of_mmdet3ds_converter(converted):
     for key, record in ours.items():
         other = theirs[key]
         assert all(record[field] == other[field] for field in ("name", "num_points_in_gt", "difficulty"))
-        assert record["box3d_lidar"].dtype == other["box3d_lidar"].dtype and np.array_equal(record["box3d_lidar"], other["box3d_lidar"])
+        assert record["box3d_lidar"].dtype == other["box3d_lidar"].dtype
+        assert np.array_equal(record["box3d_lidar"], other["box3d_lidar"])
         assert (converted / record["path"]).read_bytes() == (converted / other["path"]).read_bytes()

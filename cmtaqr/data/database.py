@@ -27,16 +27,16 @@ from .files import begin_work, end_work, remembers, write_whole
 from .frames import require_root
 from .objects import CLASSES, choose_camera, cut_points, image_matrices, image_rectangles, object_boxes, read_frame
 
-# %% ../../nbs/46_database.ipynb #c795afc1
+# %% ../../nbs/46_database.ipynb #9a7b91b1
 class ObjectRecord(TypedDict):
     """One object of the database, a plain dict.
 
     Attributes:
         name: Class.
-        path: Points [N, 5] float32 (x, y, z relative to the box's bottom centre, intensity, age in seconds); file under the data root.
+        path: File under the data root: points [N, 5] float32 (x, y, z relative to the box's bottom centre, intensity, age in s).
         image_idx: `sample_idx` of the frame in nuscenes_infos_train.pkl.
         gt_idx: Index among the frame's valid boxes, see `object_boxes`.
-        box3d_lidar: [9] float32: bottom centre, length, width, height, yaw, velocity (0 where unknown), LiDAR coordinates of its frame.
+        box3d_lidar: [9] float32 in the frame's LiDAR coordinates: bottom centre, length, width, height, yaw, velocity (0 if unknown).
         num_points_in_gt: Points in the file; may be 0.
         difficulty: 0.
         group_id: A number of its own for each object.
@@ -56,7 +56,7 @@ class ObjectRecord(TypedDict):
     camera: str | None
     patch_box: tuple | None
 
-# %% ../../nbs/46_database.ipynb #273849a0
+# %% ../../nbs/46_database.ipynb #7fbe7df7
 def _build_frame(root, scratch, frame, patch, sweeps):
     """Files of one frame's objects; returns its problems."""
     info = pickle.loads(frame)
@@ -74,14 +74,15 @@ def _build_frame(root, scratch, frame, patch, sweeps):
             num_points_in_gt=len(own), difficulty=0, group_id=-1, patch_path=None, camera=None, patch_box=None)
         if view >= 0:
             x0, y0, x1, y1 = box = tuple(rectangles[view, index].tolist())
-            if not cv2.imwrite(str(scratch / 'objects' / f'{stem}.png'), images[view][y0:y1, x0:x1], [cv2.IMWRITE_PNG_COMPRESSION, 3]):
-                raise OSError(f'{scratch / "objects" / stem}.png cannot be written: is the disk full?')
+            target = scratch / 'objects' / f'{stem}.png'
+            if not cv2.imwrite(str(target), images[view][y0:y1, x0:x1], [cv2.IMWRITE_PNG_COMPRESSION, 3]):
+                raise OSError(f'{target} cannot be written: is the disk full?')
             record.update(patch_path=f'{FOLDER}/{stem}.png', camera=cameras[view], patch_box=box)
         records.append(record)
     write_whole(scratch / 'frames' / f'{info["sample_idx"]}.pkl', pickle.dumps(records))
     return []
 
-# %% ../../nbs/46_database.ipynb #ec17d0d9
+# %% ../../nbs/46_database.ipynb #dafe828d
 FOLDER, LIST, STAMP = 'nuscenes_gt_database', 'nuscenes_dbinfos_train.pkl', 'nuscenes_dbinfos_train.json'
 
 
@@ -93,9 +94,11 @@ def _start_worker():
 
 def _build_frames(root, scratch, frames, patch, sweeps, workers, progress):
     """Build the frames that are not done yet; returns the problems, each once, in the order of the frames."""
-    jobs = [(root, scratch, frame, patch, sweeps) for number, frame in frames.items() if not (scratch / 'frames' / f'{number}.pkl').is_file()]
+    jobs = [(root, scratch, frame, patch, sweeps) for number, frame in frames.items()
+            if not (scratch / 'frames' / f'{number}.pkl').is_file()]
     workers, problems = workers or min(os.cpu_count() or 1, 1 + len(jobs) // 50), {}
-    with tqdm(total=len(frames), initial=len(frames) - len(jobs), desc='objects', unit='frame', mininterval=1, disable=not progress) as bar:
+    with tqdm(total=len(frames), initial=len(frames) - len(jobs), desc='objects', unit='frame', mininterval=1,
+              disable=not progress) as bar:
         if workers == 1:
             for number, job in enumerate(jobs):
                 problems[number] = _build_frame(*job)
@@ -128,9 +131,17 @@ def _publish(root, scratch, source, frames):
     write_whole(root / LIST, pickle.dumps(objects))
     end_work(scratch)
 
-# %% ../../nbs/46_database.ipynb #d870bd5f
+# %% ../../nbs/46_database.ipynb #d9d91bd0
+def _digest(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def build_database(root, patch='largest', sweeps=10, workers=None, force=False, progress=True):
-    """Write the database of a nuScenes root's training frames; goes on where an interrupted run stopped, does nothing if it is up to date.
+    """Write the database of a root's training frames; goes on where an interrupted run stopped, does nothing if it is up to date.
 
     Args:
         root (str | Path): Data root with `nuscenes_infos_train.pkl`.
@@ -153,22 +164,18 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
     root, path = Path(root), Path(root) / 'nuscenes_infos_train.pkl'
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: write it with `python -m cmtaqr.data.nuscenes {root}`')
-    scratch = root / f'.{FOLDER}'
+    scratch, source = root / f'.{FOLDER}', dict(infos=_digest(path), patch=patch, sweeps=sweeps, format=1)
+    if not force and (root / LIST).is_file() and remembers(root / STAMP, source):
+        print(f'object database in {root} is up to date')
+        end_work(scratch)
+        return root / LIST
     with open(path, 'rb') as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        source = dict(infos=digest.hexdigest(), patch=patch, sweeps=sweeps, format=1)
-        if not force and (root / LIST).is_file() and remembers(root / STAMP, source):
-            print(f'object database in {root} is up to date')
-            end_work(scratch)
-            return root / LIST
-        file.seek(0)
         # bytes, because the 28 130 records of trainval take 0.4 GB so and 2.4 GB as lists of floats
         frames = {info['sample_idx']: pickle.dumps(info) for info in pickle.load(file)['data_list']}
     foreign = [name for name in (FOLDER, LIST) if (root / name).exists()]
     if foreign and not force and not (root / STAMP).is_file() and not (scratch / 'source.json').is_file():
-        raise FileExistsError(f'{" and ".join(foreign)} in {root} were made by another program: move them away, or pass --force to replace them')
+        raise FileExistsError(f'{" and ".join(foreign)} in {root} were made by another program: '
+                              'move them away, or pass --force to replace them')
     begin_work(scratch, source, ('objects', 'frames'))
     problems = _build_frames(root, scratch, frames, patch, sweeps, workers, progress)
     if problems:
@@ -178,15 +185,16 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
     print(f'objects of {len(frames)} training frames written to {root}')
     return root / LIST
 
-# %% ../../nbs/46_database.ipynb #af901102
+# %% ../../nbs/46_database.ipynb #7700ce66
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.database ROOT`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.data.database',
-                                     description='Write the database of training objects (points and image patches); goes on where it was interrupted.')
+    parser = argparse.ArgumentParser(
+        prog='python -m cmtaqr.data.database', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Write the database of training objects (points and image patches); goes on where it was interrupted.')
     parser.add_argument('root', help='data root with nuscenes_infos_train.pkl')
-    parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from (default largest)')
-    parser.add_argument('--sweeps', type=int, default=10, help='earlier LiDAR measurements merged with the key frame (default 10)')
-    parser.add_argument('--workers', type=int, help='processes (default: one per core)')
+    parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from')
+    parser.add_argument('--sweeps', type=int, default=10, help='earlier LiDAR measurements merged with the key frame')
+    parser.add_argument('--workers', type=int, help='processes; one per core if not given')
     parser.add_argument('--force', action='store_true', help='build even if up to date')
     try:
         build_database(**vars(parser.parse_args(arguments)))

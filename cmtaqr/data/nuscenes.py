@@ -69,13 +69,14 @@ def _instances(nusc, sample, lidar):
             velocity=(rotation.T @ [*nusc.box_velocity(token)[:2], 0])[:2].tolist()))
     return instances
 
-# %% ../../nbs/43_nuscenes.ipynb #957946e6
+# %% ../../nbs/43_nuscenes.ipynb #8bfd6092
 def _sweeps(nusc, lidar, max_sweeps):
     sweeps, record = [], lidar
     while record['prev'] and len(sweeps) < max_sweeps:
         record = nusc.get('sample_data', record['prev'])
         sweeps.append(dict(
-            timestamp=record['timestamp'] / 1e6, sample_data_token=record['token'], ego2global=sensor_pose(nusc, record)[1].tolist(),
+            timestamp=record['timestamp'] / 1e6, sample_data_token=record['token'],
+            ego2global=sensor_pose(nusc, record)[1].tolist(),
             lidar_points=dict(lidar_path=record['filename'], lidar2ego=sensor_pose(nusc, record)[0].tolist(),
                               lidar2sensor=lidar_to_sensor(nusc, lidar, record).tolist())))
     return sweeps
@@ -98,7 +99,8 @@ def frame_info(nusc, sample, cameras, max_sweeps=10):
     """
     missing = [name for name in ('LIDAR_TOP', *cameras) if name not in sample['data']]
     if missing:
-        raise ValueError(f'sample {sample["token"]} of {nusc.dataroot} has no data of {", ".join(missing)}: the tables are incomplete, restore them')
+        raise ValueError(f'sample {sample["token"]} of {nusc.dataroot} has no data of {", ".join(missing)}: '
+                         'the tables are incomplete, restore them')
     lidar = nusc.get('sample_data', sample['data']['LIDAR_TOP'])
     lidar2ego, ego2global = sensor_pose(nusc, lidar)
     images = {}
@@ -106,8 +108,8 @@ def frame_info(nusc, sample, cameras, max_sweeps=10):
         record = nusc.get('sample_data', sample['data'][name])
         mounting = nusc.get('calibrated_sensor', record['calibrated_sensor_token'])
         images[name] = dict(
-            img_path=Path(record['filename']).name, cam2img=mounting['camera_intrinsic'], cam2ego=sensor_pose(nusc, record)[0].tolist(),
-            lidar2cam=lidar_to_sensor(nusc, lidar, record).tolist(), height=record['height'], width=record['width'],
+            img_path=Path(record['filename']).name, cam2img=mounting['camera_intrinsic'],
+            cam2ego=sensor_pose(nusc, record)[0].tolist(), lidar2cam=lidar_to_sensor(nusc, lidar, record).tolist(), height=record['height'], width=record['width'],
             sample_data_token=record['token'], timestamp=record['timestamp'] / 1e6)
     return dict(
         token=sample['token'], timestamp=lidar['timestamp'] / 1e6, ego2global=ego2global.tolist(), images=images,
@@ -162,7 +164,7 @@ def check_files(root, infos, mode='markers'):
     found = {root / name: _problem(root / name, mode) for name in files}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #42002cb0
+# %% ../../nbs/43_nuscenes.ipynb #ae5f8757
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -213,9 +215,11 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
         return paths
     nusc = NuScenes(version, str(root), verbose=False)
     cameras, splits, problems = camera_channels(nusc), create_splits_scenes(), []
-    scenes = {split: [scene for scene in nusc.scene if scene['name'] in splits[name]] for split, name in zip(paths, SPLITS[version])}
+    scenes = {split: [scene for scene in nusc.scene if scene['name'] in splits[name]]
+              for split, name in zip(paths, SPLITS[version])}
+    total = sum(scene['nbr_samples'] for split in paths for scene in scenes[split])
     begin_work(scratch, source)
-    with tqdm(total=sum(scene['nbr_samples'] for split in paths for scene in scenes[split]), desc='records and files', unit='frame', mininterval=1) as bar:
+    with tqdm(total=total, desc='records and files', unit='frame', mininterval=1) as bar:
         for split, scene in ((split, scene) for split in paths for scene in scenes[split]):
             if (scratch / scene['name']).is_file():
                 bar.update(scene['nbr_samples'])
@@ -228,28 +232,32 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
     if problems:
         raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
                          'or pass --check none to write anyway\n' + '\n'.join(problems))
-    metainfo = dict(categories={name: i for i, name in enumerate(CLASSES)}, dataset='nuscenes', version=version, info_version='1.1')
+    metainfo = dict(categories={name: i for i, name in enumerate(CLASSES)}, dataset='nuscenes', version=version,
+                    info_version='1.1')
     stamp.unlink(missing_ok=True)    # the two files belong together
     for split, path in paths.items():
-        infos = sorted((info for scene in scenes[split] for info in pickle.loads((scratch / scene['name']).read_bytes())), key=lambda info: info['timestamp'])
-        write_whole(path, pickle.dumps(dict(metainfo=metainfo, data_list=[dict(sample_idx=index, **info) for index, info in enumerate(infos)])))
+        infos = [info for scene in scenes[split] for info in pickle.loads((scratch / scene['name']).read_bytes())]
+        infos.sort(key=lambda info: info['timestamp'])
+        infos = [dict(sample_idx=index, **info) for index, info in enumerate(infos)]
+        write_whole(path, pickle.dumps(dict(metainfo=metainfo, data_list=infos)))
         print(f'{len(infos)} {split} frames of {version} written to {path}')
     write_whole(stamp, json.dumps(source).encode())
     end_work(scratch)
     return paths
 
-# %% ../../nbs/43_nuscenes.ipynb #d91d2d46
+# %% ../../nbs/43_nuscenes.ipynb #8edc0e2d
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.nuscenes ROOT`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.data.nuscenes', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description='Write the info files of a nuScenes root after checking its files, then the database of training objects '
-                                                 '(points and image patches). An interrupted run goes on where it stopped.')
+    parser = argparse.ArgumentParser(
+        prog='python -m cmtaqr.data.nuscenes', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Write the info files of a nuScenes root after checking its files, then the database of training objects '
+                    '(points and image patches). An interrupted run goes on where it stopped.')
     parser.add_argument('root', help='folder that holds v1.0-mini or v1.0-trainval, samples and sweeps')
     parser.add_argument('--version', choices=list(SPLITS), help='table folder to read, if the root has both')
     parser.add_argument('--max-sweeps', type=int, default=10, help='earlier LiDAR measurements listed per frame')
     parser.add_argument('--check', choices=['markers', 'decode', 'none'], default='markers', help='how to look at the files')
     parser.add_argument('--no-database', action='store_true', help='only the info files')
-    parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that the image patch of an object is cut from')
+    parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from')
     parser.add_argument('--workers', type=int, help='processes for the database; one per core if not given')
     parser.add_argument('--force', action='store_true', help='write even if up to date')
     options = parser.parse_args(arguments)

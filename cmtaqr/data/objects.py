@@ -130,7 +130,7 @@ def choose_camera(rectangles, patch='largest', min_side=10):
     rank = np.concatenate([np.zeros((1, rectangles.shape[1]), rank.dtype), rank])    # a row of zeros stands for no camera
     return rank.argmax(0) - 1
 
-# %% ../../nbs/45a_objects.ipynb #11990ddf
+# %% ../../nbs/45a_objects.ipynb #91481ff4
 def read_frame(root, info, sweeps=10):
     """Cloud and images of a frame; every file is tried, so that all that are missing or broken are found.
 
@@ -140,8 +140,8 @@ def read_frame(root, info, sweeps=10):
         sweeps (int): Earlier LiDAR measurements to merge.
 
     Returns:
-        tuple: points [N, 5] float32 (x, y, z in metres, intensity, age in seconds), images (list of [H, W, 3] uint8, BGR, None where
-        it cannot be read), problems (list of str, each naming its file and the remedy).
+        tuple: points [N, 5] float32 (x, y, z in metres, intensity, age in seconds), images (list of [H, W, 3] uint8, BGR, None
+        for one that cannot be read), problems (list of str, each naming its file and the remedy).
     """
     points, problems = _Cloud(sweeps).read(root, info)
     images = []
@@ -151,7 +151,8 @@ def read_frame(root, info, sweeps=10):
             image = read_image(path)
             size = view.get('height', image.shape[0]), view.get('width', image.shape[1])
             if image.shape[:2] != size:
-                problems.append(f'image {path} has {image.shape[0]} rows and {image.shape[1]} columns, its table says {size[0]} and {size[1]}: restore it')
+                problems.append(f'image {path} has {image.shape[0]} rows and {image.shape[1]} columns, '
+                                f'its table says {size[0]} and {size[1]}: restore it')
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
         images.append(image)
