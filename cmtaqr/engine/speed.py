@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FULL', 'difference', 'profile', 'measure', 'main', 'plot_speed']
 
-# %% ../../nbs/58_speed.ipynb #5961398b
+# %% ../../nbs/58_speed.ipynb #66adc7f4
 import argparse
 import sys
 import time
@@ -22,7 +22,7 @@ from .configure import load_config, resolve_device
 from .parameters import ParameterError
 from .progress import Progress
 from .record import command, git_commit, machine, versions, write_json
-from .stages import Stopwatch, copied, pinned, speed_frame, speed_model
+from .stages import STAGES, Stopwatch, copied, pinned, speed_frame, speed_model
 
 # %% ../../nbs/58_speed.ipynb #e90088aa
 SETTINGS = {
