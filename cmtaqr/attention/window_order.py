@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-# %% ../../nbs/14_window_order.ipynb #a4c6df84
+# %% ../../nbs/14_window_order.ipynb #ca54befc
 # What to sweep on another GPU. The sides of matrix products must be 16 at least: block_queries, block_queries * gather_keys,
 # tile_rows * tile_cols, strip_rows * key_cols, key_queries. All are powers of two but the stages.
 TUNING = dict(
@@ -23,6 +23,7 @@ TUNING = dict(
 LOG2E = 1.4426950408889634
 
 _FAR = tl.constexpr(1 << 29)
+_LAST = tl.constexpr((1 << 31) - 1)
 _INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
 # %% ../../nbs/14_window_order.ipynb #f18bc9e4
@@ -39,7 +40,7 @@ def _tables(plan):
     camera = triton.cdiv(rows_camera, TUNING['strip_rows']) * cols_camera + 1 if views else 0
     return lidar, camera, lidar + views * camera
 
-# %% ../../nbs/14_window_order.ipynb #b1898132
+# %% ../../nbs/14_window_order.ipynb #d0ca7162
 @triton.jit
 def _load_centres(cells, seen, at, mask):
     """Window centres (row, col) as int32, and whether the window exists."""
@@ -60,15 +61,18 @@ def _sort_keys(cells, seen, first, query, num_queries, slot, num_maps, rows, col
     col = tl.zeros_like(query)
     if slot < num_maps:
         row, col, visible = _load_centres(cells, seen, (first + query) * num_maps + slot, ok)
-        strip = tl.minimum(tl.maximum(row, 0), rows - 1) // STRIP
-        key = tl.where(visible, strip * cols + tl.minimum(tl.maximum(col, 0), cols - 1), _FAR)
+        place = tl.minimum(tl.maximum(row, 0), rows - 1) // STRIP * cols + tl.minimum(tl.maximum(col, 0), cols - 1)
+        place = tl.where(visible, place, -1)
     else:
         maps = tl.arange(0, MAPS)[None, :]
         at = (first + query)[:, None] * num_maps + maps
         _, cs, views = _load_centres(cells, seen, at, ok[:, None] & (maps >= first_camera) & (maps < num_maps))
-        key = tl.min(tl.where(views, maps * cols + tl.minimum(tl.maximum(cs, 0), cols - 1), _FAR), 1)
-    # unique, so that equal places keep the order of the queries
-    return tl.where(ok, key.to(tl.int64) * num_queries + query, 1 << 62), row, col
+        places = tl.where(views, maps * cols + tl.minimum(tl.maximum(cs, 0), cols - 1), _FAR)
+        place = tl.min(places, 1)
+        place = tl.where(place == _FAR, -1, place)
+    # unique, so that equal places keep the order of the queries; those without a place come last
+    key = tl.where(place < 0, _LAST - num_queries, place * num_queries) + query
+    return tl.where(ok, key, _LAST), row, col
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _sort_kernel(cells, seen, lists, starts, num_queries, num_maps, rows_lidar, 
     if (chunk < chunks) | ((chunk - chunks) * BLOCK < size):
         query = chunk * BLOCK + tl.arange(0, BLOCK)
         bound, row, col = _sort_keys(cells, seen, first, query, num_queries, slot, num_maps, rows, cols, HAS_LIDAR, STRIP, MAPS)
-        bound = tl.where(chunk < chunks, bound, entry.to(tl.int64) * num_queries)
+        bound = tl.where(chunk < chunks, bound, entry * num_queries)
         count = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, num_queries, OTHERS):
             other = start + tl.arange(0, OTHERS)
@@ -114,6 +118,8 @@ def sort_queries(cells, seen, lists, starts, plan):
     """
     batch, queries, maps = seen.shape
     tables, block = _tables(plan), TUNING['sort_block']
+    if (max(tables[:2]) + maps * max(plan[1], plan[4])) * queries >= 2**31 - 2 * queries:
+        raise ValueError(f'{queries} queries on maps of {plan[0]} x {plan[1]} and {plan[3]} x {plan[4]} cells: too many to sort in 32 bits')
     programs = triton.cdiv(queries, block) + triton.cdiv(max(tables[:2]), block)
     _sort_kernel[(programs * batch, maps + 1)](
         cells, seen, lists, starts, queries, *_maps(plan), *tables, programs, HAS_LIDAR=int(plan[0] > 0), STRIP=TUNING['strip_rows'],
