@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'LIST', 'STAMP', 'ObjectRecord', 'build_database', 'main']
 
-# %% ../../nbs/46_database.ipynb #98c5501c
+# %% ../../nbs/46_database.ipynb #c3c00464
 import argparse
 import hashlib
 import json
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .files import begin_work, end_work, remembers, write_whole
 from .frames import require_root
-from .objects import CLASSES, choose_camera, cut_points, image_matrices, image_rectangles, object_boxes, read_frame
+from .objects import CLASSES, choose_camera, cut_points, image_matrices, object_rectangles, object_boxes, read_frame
 
 # %% ../../nbs/46_database.ipynb #9a7b91b1
 class ObjectRecord(TypedDict):
@@ -56,7 +56,7 @@ class ObjectRecord(TypedDict):
     camera: str | None
     patch_box: tuple | None
 
-# %% ../../nbs/46_database.ipynb #7fbe7df7
+# %% ../../nbs/46_database.ipynb #f8558ceb
 def _build_frame(root, scratch, frame, patch, sweeps):
     """Files of one frame's objects; returns its problems."""
     info = pickle.loads(frame)
@@ -64,7 +64,7 @@ def _build_frame(root, scratch, frame, patch, sweeps):
     if problems:
         return problems
     (names, boxes), cameras = object_boxes(info), list(info['images'])
-    rectangles = image_rectangles(boxes, image_matrices(info), [image.shape[:2] for image in images])
+    rectangles = object_rectangles(boxes, image_matrices(info), [image.shape[:2] for image in images])
     chosen, records = choose_camera(rectangles, patch), []
     for index, own in enumerate(cut_points(points, boxes)):
         stem, view = f'{info["sample_idx"]}_{names[index]}_{index}', chosen[index]
