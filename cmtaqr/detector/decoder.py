@@ -133,7 +133,7 @@ class PETRTransformerDecoderLayer(BaseModule):
         x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #77a77835
+# %% ../../nbs/33_decoder.ipynb #62de3e73
 @MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
@@ -205,6 +205,6 @@ class CmtTransformer(BaseModule):
                 raise ValueError(f"bias is for (batch, queries, keys) = {made_for}, but the decoder got {found}: "
                                  "make the windows from the same feature maps and queries")
         key, value, device = memory + memory_pos, memory, memory.device.type
-        if torch.is_autocast_enabled(device):  # once, not in the projections of every layer
+        if torch.is_autocast_enabled(device):  # once, instead of in the projections of every layer
             key, value = (x.to(torch.get_autocast_dtype(device)) for x in (key, value))
         return self.decoder(torch.zeros_like(query_pos), query_pos, key, value, attn_mask, bias)
