@@ -40,7 +40,8 @@ def bev_coords(grid, stride):
 
 
 def depths(config):
-    return torch.tensor([1 + k * (config["pc_range"][3] - 1) / config["depth_num"] for k in range(config["depth_num"])], dtype=torch.float64)
+    return torch.tensor([1 + k * (config["pc_range"][3] - 1) / config["depth_num"] for k in range(config["depth_num"])],
+                        dtype=torch.float64)
 
 
 def bounds(config):
@@ -51,7 +52,8 @@ def bounds(config):
 def lift(matrix, uvw, config):
     """Points [N, D, 3], normalised, of homogeneous pixels [N, 3] at all depths."""
     d = depths(config)[None, :, None]
-    points = torch.cat([uvw[:, None] * d, torch.ones(len(uvw), d.shape[1], 1, dtype=torch.float64)], -1) @ torch.linalg.inv(matrix).T
+    homogeneous = torch.cat([uvw[:, None] * d, torch.ones(len(uvw), d.shape[1], 1, dtype=torch.float64)], -1)
+    points = homogeneous @ torch.linalg.inv(matrix).T
     low, size = bounds(config)
     return (points[..., :3] - low) / size
 
@@ -68,7 +70,8 @@ def in_view(image, pixels, pad):
 
 
 def cell_rays(matrix, shape, pad, config):
-    uvw = torch.tensor([[c * pad[1] / shape[1], r * pad[0] / shape[0], 1] for r in range(shape[0]) for c in range(shape[1])], dtype=torch.float64)
+    uvw = torch.tensor([[c * pad[1] / shape[1], r * pad[0] / shape[0], 1] for r in range(shape[0]) for c in range(shape[1])],
+                       dtype=torch.float64)
     return lift(matrix, uvw, config).flatten(1)
 
 
@@ -117,12 +120,14 @@ def head(state, config, pts, img, lidar2img, pad, anchors=None, mask=None):
         mean, var, w, b = (state[f"shared_conv.bn.{k}"][:, None, None] for k in ("running_mean", "running_var", "weight", "bias"))
         mid["shared_conv"] = ((conv - mean) / (var + 1e-5).sqrt() * w + b).clamp(min=0)
         memory.append(mid["shared_conv"].flatten(2).transpose(1, 2))
-        coords = mlp(state, "bev_embedding", sine(bev_coords(config["grid_size"], config["downsample_scale"]), config["hidden_dim"]))
+        coords = mlp(state, "bev_embedding",
+                     sine(bev_coords(config["grid_size"], config["downsample_scale"]), config["hidden_dim"]))
         pos.append(coords.expand(len(pts), -1, -1))
     if img is not None:
         views, shape = lidar2img.shape[1], img.shape[-2:]
         memory.append(img.double().unflatten(0, (-1, views)).permute(0, 1, 3, 4, 2).flatten(1, 3))
-        pos.append(torch.stack([torch.cat([mlp(state, "rv_embedding", cell_rays(m, shape, pad, config)) for m in ms]) for ms in lidar2img]))
+        rays = [torch.cat([cell_rays(m, shape, pad, config) for m in ms]) for ms in lidar2img]
+        pos.append(mlp(state, "rv_embedding", torch.stack(rays)))
     memory, pos = torch.cat(memory, 1), torch.cat(pos, 1)
     if anchors is None:
         anchors = state["reference_points.weight"].expand(len(memory), -1, -1)
@@ -175,14 +180,15 @@ def random_state(module, generator):
         noise = torch.rand(value.shape, generator=generator)
         fan = value[0].numel() if value.dim() > 1 else 1
         is_scale = name.endswith(("running_var",)) or (value.dim() == 1 and name.endswith("weight"))
-        state[name] = noise if name == "reference_points.weight" else noise + 0.5 if is_scale else (noise - 0.5) * (3 / fan) ** 0.5
+        state[name] = noise if name == "reference_points.weight" else noise + 0.5 if is_scale else (noise - 0.5) * (3 / fan)**0.5
     return state
 
 
 def objects(n, classes, config, rng):
     """Boxes with bottom centre inside the range, and labels."""
     low, size = (x.numpy() for x in bounds(config))
-    boxes = np.c_[low + rng.uniform(0.1, 0.9, (n, 3)) * size, rng.uniform(0.5, 5, (n, 3)), rng.uniform(-3, 3, n), rng.normal(size=(n, 2))]
+    centres = low + rng.uniform(0.1, 0.9, (n, 3)) * size
+    boxes = np.c_[centres, rng.uniform(0.5, 5, (n, 3)), rng.uniform(-3, 3, n), rng.normal(size=(n, 2))]
     return boxes.astype(np.float32), rng.integers(0, classes, n)
 
 

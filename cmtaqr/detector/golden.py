@@ -18,7 +18,7 @@ from mmdet3d.registry import MODELS
 
 from . import head  # noqa: F401  (registers CmtHead)
 
-# %% ../../nbs/38c_golden.ipynb #8272583b
+# %% ../../nbs/38c_golden.ipynb #d7b13e6b
 def _read(path):
     """All arrays of an npz file."""
     if not path.is_file():
@@ -39,7 +39,7 @@ def _holds_head(path):
 
 
 def _shares(path, candidate):
-    """Length of what the name of a weights file, read as (prefix) head_eval (suffix), shares with another name; -1 if it does not."""
+    """Length of prefix and suffix that a name shares with (prefix)head_eval(suffix) of a weights file; -1 if it has not both."""
     prefix, found, suffix = candidate.stem.partition("head_eval")
     fits = found and path.stem.startswith(prefix) and path.stem.endswith(suffix)
     return len(prefix + suffix) if fits else -1
@@ -113,9 +113,10 @@ class GoldenFile:
         if len(found) == 1 or fit:
             return (found if len(found) == 1 else fit)[-1]
         problem = f"has several: {', '.join(p.name for p in found)}" if found else "has none"
-        raise ValueError(f"{self.path} needs the weights of a head (head_eval.npz) and its folder {problem}: choose with --weights FILE")
+        raise ValueError(f"{self.path} needs the weights of a head (head_eval.npz) and its folder {problem}: "
+                         "choose with --weights FILE")
 
-# %% ../../nbs/38c_golden.ipynb #5228aa78
+# %% ../../nbs/38c_golden.ipynb #8e9ba53d
 def _from_weights(state):
     """The settings that the shapes of a head's weights determine."""
     found, layers = {}, {int(k.split(".")[3]) for k in state if k.startswith("transformer.decoder.layers.")}
@@ -172,7 +173,8 @@ def head_config(config, state=None, backend="auto", **changes):
             transformer=dict(type="CmtTransformer", decoder=dict(num_layers=config["num_decoder_layers"], layer=layer)))
     except KeyError as error:
         raise ValueError(f"config_json lacks {error}, which the head needs") from error
-    settings |= {name: config[name] for name in ("final_kernel", "max_num", "post_center_range", "score_threshold") if name in config}
+    optional = ("final_kernel", "max_num", "post_center_range", "score_threshold")
+    settings |= {name: config[name] for name in optional if name in config}
     if state is not None:
         settings["final_kernel"] = _from_weights(state).get("final_kernel", 1)  # a LiDAR-only head has the fusion head's config
         settings["use_camera"] = any(k.startswith("rv_embedding.") for k in state)

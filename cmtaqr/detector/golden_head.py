@@ -16,7 +16,7 @@ from .golden_parts import batch_objects, loss_settings
 from .tokens import (bev_coords, camera_rays, clamp_anchors, depth_bins, inverse_sigmoid, project_anchors, query_rays,
                                     sine_embedding)
 
-# %% ../../nbs/38e_golden_head.ipynb #77aca81e
+# %% ../../nbs/38e_golden_head.ipynb #9dceb08b
 def _settings_of(golden):
     """The head's settings, with the file's own in front."""
     own = golden.config if "config_json" in golden else {}
@@ -46,7 +46,8 @@ def positions(golden):
     if any("rv_" in name[0] for name in asked):
         matrices = golden["in/lidar2img"].numpy()
     if any(name[0] == "out/rv_pos_embed" or name[0].startswith("mid/") for name in asked):
-        rays = camera_rays(matrices, _given(golden, "img_feat_hw"), _given(golden, "pad_shape")[:2], head.point_cloud_range, head.depth_num).flatten(0, 1)
+        cells, pad = _given(golden, "img_feat_hw"), _given(golden, "pad_shape")[:2]
+        rays = camera_rays(matrices, cells, pad, head.point_cloud_range, head.depth_num).flatten(0, 1)
         yield "out/rv_pos_embed", head.rv_embedding(rays)
         for name in golden.find(r"mid/rv_ray_coords(?:_first_(\d+)_views?)?"):
             yield name[0], rays[:int(name[1] or len(rays))]
@@ -54,7 +55,8 @@ def positions(golden):
         anchors = clamp_anchors(golden["in/reference_points"])
         yield "out/bev_query_embed", head.bev_embedding(sine_embedding(anchors, head.hidden_dim))
         if "out/rv_query_embed" in golden:
-            vectors, visible = query_rays(anchors, matrices, _given(golden, "pad_shape")[:2], head.point_cloud_range, head.depth_num)
+            pad = _given(golden, "pad_shape")[:2]
+            vectors, visible = query_rays(anchors, matrices, pad, head.point_cloud_range, head.depth_num)
             yield "out/rv_query_embed", (head.rv_embedding(vectors) * visible[..., None]).sum(1)
 
 
@@ -75,7 +77,8 @@ def projection(golden):
     yield "out/homogeneous_uvz1", nn.functional.pad(image, (0, 1), value=1.0)
     # an error of one part in a million in all that is summed up before the division grows with 1 / z behind it
     depth, near = image[..., 2:].abs() + 1e-6, image[..., 2:].abs().clamp(1e-6, 1)
-    yield "out/uv_pixels", pixels[..., :2], ("pixels", torch.maximum(image[..., :2].abs().max(), pixels[..., :2].abs() * depth.max()) / depth)
+    rounding = torch.maximum(image[..., :2].abs().max(), pixels[..., :2].abs() * depth.max()) / depth
+    yield "out/uv_pixels", pixels[..., :2], ("pixels", rounding)
     depths = _given(golden, "depth_num")
     vectors, visible = query_rays(points, matrices.numpy(), _given(golden, "pad_shape")[:2], bounds, depths)
     yield "out/visible_mask", visible

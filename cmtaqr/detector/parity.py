@@ -17,7 +17,7 @@ import torch
 from . import golden_head, golden_parts
 from .golden import GoldenFile
 
-# %% ../../nbs/39_parity.ipynb #fe18a928
+# %% ../../nbs/39_parity.ipynb #c43b9f6a
 RULES = {
     "relative": "relative to the largest magnitude",
     "identical": "number of entries that differ",
@@ -37,7 +37,7 @@ def difference(got, want, how=None, tolerance=1e-5):
         tolerance (float): Allowed for "relative" and "pixels".
 
     Returns:
-        tuple[float, float, str]: Error, what is allowed, and the rule. The error is infinite where shapes differ or a number is NaN.
+        tuple[float, float, str]: Error, what is allowed, and the rule. The error is infinite for another shape and for NaN.
     """
     rule, units = how or ("relative" if want.is_floating_point() else "identical", None)
     allowed = {"identical": 0.0, "grey levels": 1.0, "rays": max(tolerance, 1e-4)}.get(rule, tolerance)
@@ -52,10 +52,11 @@ def difference(got, want, how=None, tolerance=1e-5):
     error = error if units is None else error / units
     return error.max().item() if error.numel() else 0.0, allowed, RULES[rule]
 
-# %% ../../nbs/39_parity.ipynb #8842b0e7
-CHECKS = (golden_head.positions, golden_head.projection, golden_head.heads, golden_head.training, golden_parts.box_codes,
-          golden_parts.matching, golden_parts.losses, golden_parts.decoding, golden_parts.task_head, golden_parts.neck, golden_parts.osa,
-          golden_parts.image_augmentation, golden_parts.grid_masks, golden_parts.paste)
+# %% ../../nbs/39_parity.ipynb #ee868009
+CHECKS = (
+    golden_head.positions, golden_head.projection, golden_head.heads, golden_head.training, golden_parts.box_codes,
+    golden_parts.matching, golden_parts.losses, golden_parts.decoding, golden_parts.task_head, golden_parts.neck,
+    golden_parts.osa, golden_parts.image_augmentation, golden_parts.grid_masks, golden_parts.paste)
 _INPUT = re.compile(r"(^|/)((in|state|params)(\d+|_\w+)?|\w+_json)(/|$)")
 
 
@@ -69,8 +70,8 @@ def check_file(path, weights=None, tolerance=1e-5):
         tolerance (float): See `difference`.
 
     Returns:
-        tuple[list[dict], list[str]]: One dict(file, array, shape, error, tolerance, comparison, verdict) per array but used inputs, in the
-        order of the file; and what could not be computed. Verdicts: 'ok', 'FAIL', 'not checked', 'unused input'.
+        tuple[list[dict], list[str]]: One dict(file, array, shape, error, tolerance, comparison, verdict) per array but used
+        inputs, in the order of the file; and what could not be computed. Verdicts: 'ok', 'FAIL', 'not checked', 'unused input'.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -98,7 +99,7 @@ def check_file(path, weights=None, tolerance=1e-5):
         problems.append(f"{golden.path.name}: nothing in it can be checked; arrays are known by names such as out/center")
     return table, problems
 
-# %% ../../nbs/39_parity.ipynb #a9e70d3d
+# %% ../../nbs/39_parity.ipynb #25b33296
 def _files(paths):
     """The .npz files among paths and in folders."""
     for path in map(Path, paths):
@@ -121,18 +122,18 @@ def summary(rows):
     relative = [row for row in rows if row["error"] is not None and row["tolerance"] < 1e-3 and row["tolerance"] > 0]
     worst = max(relative, key=lambda row: row["error"] / row["tolerance"], default=None)
     nearest = f"; nearest to its tolerance: {worst['file']} {worst['array']}, {worst['error']:.1e}" if worst else ""
-    return (f"{count['ok'] + count['FAIL']} arrays of {len({row['file'] for row in rows})} files compared: {count['ok']} ok, {count['FAIL']} FAIL; "
-            f"{count['not checked']} not checked, {count['unused input']} unused inputs{nearest}")
+    return (f"{count['ok'] + count['FAIL']} arrays of {len({row['file'] for row in rows})} files compared: {count['ok']} ok, "
+            f"{count['FAIL']} FAIL; {count['not checked']} not checked, {count['unused input']} unused inputs{nearest}")
 
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.detector.parity FILE ...`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cmtaqr.detector.parity",
-        description="Compare what this package computes with reference files. Exits with 1 if an array differs or cannot be checked.")
+        description="Compare what this package computes with reference files. Exits with 1 if one differs or is not checked.")
     parser.add_argument("paths", nargs="+", metavar="FILE", help=".npz file, or a folder of them")
-    parser.add_argument("--weights", metavar="FILE", help="file with the head's weights, for files without; default is head_eval.npz beside them")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest error relative to an array's largest magnitude (default 1e-5)")
+    parser.add_argument("--weights", metavar="FILE", help="the head's weights, for files without; default: those beside them")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of an error / the array's largest magnitude (default 1e-5)")
     parser.add_argument("--json", metavar="OUT", help="also write the table to this file")
     options = parser.parse_args(arguments)
     table, problems = [], []
