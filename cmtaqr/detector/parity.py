@@ -99,7 +99,7 @@ def check_file(path, weights=None, tolerance=1e-5):
         problems.append(f"{golden.path.name}: nothing in it can be checked; arrays are known by names such as out/center")
     return table, problems
 
-# %% ../../nbs/39_parity.ipynb #25b33296
+# %% ../../nbs/39_parity.ipynb #3f473bae
 def _files(paths):
     """The .npz files among paths and in folders."""
     for path in map(Path, paths):
@@ -133,7 +133,7 @@ def main(arguments=None):
         description="Compare what this package computes with reference files. Exits with 1 if one differs or is not checked.")
     parser.add_argument("paths", nargs="+", metavar="FILE", help=".npz file, or a folder of them")
     parser.add_argument("--weights", metavar="FILE", help="the head's weights, for files without; default: those beside them")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of an error / the array's largest magnitude (default 1e-5)")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of error / the array's largest magnitude (default 1e-5)")
     parser.add_argument("--json", metavar="OUT", help="also write the table to this file")
     options = parser.parse_args(arguments)
     table, problems = [], []
