@@ -45,7 +45,8 @@ def database(tmp_path_factory):
         stored.append(np.float32(offset) + box[:3])
         patch = f"{index}.png" if index % 4 else None
         entries[name].append(dict(name=name, path=f"{index}.bin", box3d_lidar=box, num_points_in_gt=count, difficulty=0,
-                                  group_id=index, image_idx=0, gt_idx=index, patch_path=patch, camera="CAM_0", patch_box=(0, 0, 32, 24)))
+                                  group_id=index, image_idx=0, gt_idx=index, patch_path=patch, camera="CAM_0",
+                                  patch_box=(0, 0, 32, 24)))
     (root / "nuscenes_dbinfos_train.pkl").write_bytes(pickle.dumps(entries))
     return root, np.concatenate(stored)
 

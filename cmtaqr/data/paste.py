@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'image_rectangles', 'paste_patches', 'hidden_points', 'PatchDatabaseSampler', 'PasteObjects']
 
-# %% ../../nbs/46a_paste.ipynb #67140c05
+# %% ../../nbs/46a_paste.ipynb #d8477a01
 from pathlib import Path
 
 import cv2
@@ -21,6 +21,7 @@ from mmdet3d.registry import TRANSFORMS
 from mmengine.logging import print_log
 
 from .files import read_image
+from .transforms import LoadLidarPoints
 
 # %% ../../nbs/46a_paste.ipynb #20583158
 def image_rectangles(corners, lidar2img, shape):
@@ -101,7 +102,7 @@ def hidden_points(xyz, corners, lidar2img, shapes):
             hidden |= (point[:, 2] > far) & (pixel >= rectangle[:2]).all(1) & (pixel < rectangle[2:]).all(1)
     return hidden
 
-# %% ../../nbs/46a_paste.ipynb #c8fe7c7c
+# %% ../../nbs/46a_paste.ipynb #e5f22a2b
 TARGETS = dict(car=2, truck=3, construction_vehicle=7, bus=4, trailer=6, barrier=2, motorcycle=6, bicycle=6, pedestrian=2,
                traffic_cone=2)
 
@@ -128,7 +129,7 @@ class PatchDatabaseSampler(DataBaseSampler):
                                     'or set paste=None in the config')
         targets = {name: target for name, target in targets.items() if name in classes}
         prepare = dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(targets, min_points))
-        super().__init__(str(path), str(data_root), 1.0, prepare, targets, list(classes), dict(type='LoadLidarPoints'))
+        super().__init__(str(path), str(data_root), 1.0, prepare, targets, list(classes), dict(type=LoadLidarPoints))
         self.sampler_dict = {}    # filled at the first draw, see `sample_all`
         empty = [name for name in targets if not self.db_infos.get(name)]
         if empty:

@@ -26,9 +26,9 @@ augmentation = dict(
     rotate_empty=True,  # the released training does not rotate frames without boxes
 )
 sensors = ["lidar", "camera"]  # one of them: the other's files are not read
-# One more variable, `paste`, is for children: a dict of what shall differ from `cmtaqr.data.pipelines.PASTE`, the released recipe of
-# pasting objects of other frames. So `paste = dict()` is that recipe; None or absent pastes nothing. It is absent here because
-# mmengine merges no dict into None. It needs the database of `python -m cmtaqr.data.database ROOT` and ends after 75 % of the run.
+# One more variable, `paste`, is for children: a dict of what shall differ from `cmtaqr.data.pipelines.PASTE`, the released recipe
+# of pasting objects of other frames. So `paste = dict()` is that recipe; None or absent pastes nothing. It is absent here because
+# mmengine merges no dict into None. It needs the database of `python -m cmtaqr.data.database ROOT`, and ends after 75 % of a run.
 batch_size = 4
 num_workers = 4
 cbgs = True
