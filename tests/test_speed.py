@@ -1,6 +1,7 @@
 """Fast inference and its measurement: options leave the result, stages add up, parts compile without a break."""
 import copy
 import json
+import logging
 import shutil
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 pytest.importorskip("mmdet3d")
 
+from mmengine.config import Config  # noqa: E402
+
 from cmtaqr.detector.inference import GRAPHS, GraphedCall, accelerate, compile_parts, fold_batchnorm, refused_graphs  # noqa: E402
 from cmtaqr.engine.configure import load_config  # noqa: E402
+from cmtaqr.engine.runner import FileLogRunner  # noqa: E402
 from cmtaqr.engine.speed import SETTINGS, difference, main  # noqa: E402
 from cmtaqr.engine.stages import STAGES, Stopwatch, copied, pinned, speed_frame, speed_model  # noqa: E402
 
@@ -145,6 +149,14 @@ def test_command_line(tmp_path, capsys):
 def test_calls_without_a_gpu_pass_through():
     call = GraphedCall(lambda x: x * 2)
     assert call(torch.ones(2)).tolist() == [2, 2] and not call.kept
+
+
+def test_a_run_compiles_its_parts(model):
+    runner = object.__new__(FileLogRunner)
+    runner.cfg, runner._distributed, runner.logger = Config(dict(compiled_parts=["decoder"], device="cpu")), False, logging.getLogger("run")
+    wrapped = runner.wrap_model(None, copy.deepcopy(model))
+    assert wrapped.pts_bbox_head.transformer._compiled_call_impl is not None and wrapped.img_backbone._compiled_call_impl is None
+    assert list(wrapped.state_dict()) == list(model.state_dict())
 
 
 @pytest.mark.gpu

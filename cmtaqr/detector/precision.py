@@ -58,7 +58,7 @@ def _widened(value):
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
-# %% ../../nbs/35b_precision.ipynb #0ccb6a7f
+# %% ../../nbs/35b_precision.ipynb #87d8b83b
 def island(name):
     """Decorator of a method that never computes in half precision.
 
@@ -75,11 +75,12 @@ def island(name):
         @wraps(function)
         def inside(self, *args, **kwargs):
             device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
+            received = _dtypes((args, kwargs)) if _recorders else None
             args, kwargs = _widened(args), _widened(kwargs)
             with torch.autocast(device, enabled=False):
                 result = function(self, *args, **kwargs)
             for record in _recorders:
-                record.setdefault(name, []).append((_dtypes((args, kwargs)), _dtypes(result)))
+                record.setdefault(name, []).append((received, _dtypes(result)))
             return result
         return inside
     return decorate
@@ -91,10 +92,11 @@ def _dtypes(value):
 
 @contextlib.contextmanager
 def recorded_islands():
-    """Record what the islands saw and returned.
+    """Record what the islands received and returned.
 
     Yields:
-        dict: Island to a list of (dtypes of the inputs, dtypes of the results), one per call; floating-point tensors only.
+        dict: Island to a list of (dtypes of the inputs before widening, dtypes of the results), one per call; floating-point
+        tensors only.
     """
     record = {}
     _recorders.append(record)
