@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FULL', 'difference', 'profile', 'measure', 'main', 'plot_speed']
 
-# %% ../../nbs/58_speed.ipynb #66adc7f4
+# %% ../../nbs/58_speed.ipynb #0ad4dbc6
 import argparse
+import inspect
 import sys
 import time
 
@@ -24,7 +25,7 @@ from .progress import Progress
 from .record import command, git_commit, machine, versions, write_json
 from .stages import STAGES, Stopwatch, copied, pinned, speed_frame, speed_model
 
-# %% ../../nbs/58_speed.ipynb #e90088aa
+# %% ../../nbs/58_speed.ipynb #14e73b0d
 SETTINGS = {
     "plain": dict(precision="fp32", fold=False, channels_last=False, graphs=(), overlap=False),
     "fast32": dict(precision="fp32"),
@@ -36,6 +37,12 @@ def _spread(values):
     """Median, 10th and 90th percentile of milliseconds."""
     low, middle, high = np.percentile(values, [10, 50, 90])
     return dict(median=round(middle, 4), p10=round(low, 4), p90=round(high, 4))
+
+
+def _defaults():
+    """Options of `accelerate` as they are when not given."""
+    given = inspect.signature(accelerate).parameters.values()
+    return {p.name: p.default for p in given if p.default is not p.empty}
 
 
 def _wait(device):
@@ -60,12 +67,13 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #6c6ccbc1
+# %% ../../nbs/58_speed.ipynb #286fc85a
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
     Returns:
-        dict: `kernels` (name, calls per frame, milliseconds per frame, share of the busy time), `busy_ms` per frame.
+        dict: `kernels` (name, calls per frame, milliseconds per frame, share of the busy time), `busy_ms` per frame, in which
+        programs that run beside each other both count.
     """
     cuda = next(model.parameters()).is_cuda
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
@@ -167,7 +175,9 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
     ratio = {f"{name} {setting}": round(rows[name, setting]["frame_ms"]["median"] / rows[other, setting]["frame_ms"]["median"], 4)
              for name, setting in rows if (other := name.replace("cmt_aqr_", "cmt_")) != name and (other, setting) in rows}
     return dict(parameters=dict(configs=list(configs), frames=frames, warmup=warmup, scenes=scenes, turns=turns, device=str(device)),
-                settings=chosen, sparse_backend=sparse_backend(), models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(),
+                settings={name: {**_defaults(), **options} for name, options in chosen.items()},
+                sparse_backend=f"{sparse_backend()} {sys.modules['spconv'].__version__}",
+                tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32), models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(),
                 commit=git_commit(), machine=machine(), command=command())
 
 
