@@ -194,6 +194,19 @@ def test_missing_database_names_the_command(root, tmp_path):
         data_settings(str(root), RANGE, CLASSES, (128, 320), sensors=["camera"], paste=dict())
 
 
+@pytest.mark.parametrize("kind", ["patch_path", "path"])
+def test_broken_file_of_the_database_is_named_with_the_command(root, tmp_path, kind):
+    sampler = PatchDatabaseSampler(str(root), CLASSES)
+    broken = dict(next(e for e in sampler.db_infos["car"] if e["patch_path"]))
+    sampler.data_root, broken[kind] = str(tmp_path), "broken"
+    read = sampler.patch if kind == "patch_path" else sampler.points
+    with pytest.raises(FileNotFoundError, match="broken is missing.*python -m cmtaqr.data.database"):
+        read(broken)
+    (tmp_path / "broken").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="truncated.*python -m cmtaqr.data.database"):
+        read(broken)
+
+
 def write_database(folder, entries):
     for entry in entries:
         np.zeros((entry["num_points_in_gt"], 5), np.float32).tofile(folder / entry["path"])

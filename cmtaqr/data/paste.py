@@ -102,7 +102,7 @@ def hidden_points(xyz, corners, lidar2img, shapes):
             hidden |= (point[:, 2] > far) & (pixel >= rectangle[:2]).all(1) & (pixel < rectangle[2:]).all(1)
     return hidden
 
-# %% ../../nbs/46a_paste.ipynb #e5f22a2b
+# %% ../../nbs/46a_paste.ipynb #293fe783
 TARGETS = dict(car=2, truck=3, construction_vehicle=7, bus=4, trailer=6, barrier=2, motorcycle=6, bicycle=6, pedestrian=2,
                traffic_cone=2)
 
@@ -164,15 +164,22 @@ class PatchDatabaseSampler(DataBaseSampler):
                 occupied = np.concatenate([gt_bboxes, *(entry['box3d_lidar'][None] for entry in drawn)])
         return drawn
 
+    def _read(self, reader, path):
+        try:
+            return reader(str(Path(self.data_root) / path))
+        except (FileNotFoundError, ValueError) as error:
+            remedy = f'or make the object database anew with `python -m cmtaqr.data.database {self.data_root} --force`'
+            raise type(error)(f'{error}; {remedy}') from error
+
     def points(self, entry):
         """Points of an entry in LiDAR coordinates, as mmdet3d's `LiDARPoints`."""
-        points = self.points_loader(dict(lidar_points=dict(lidar_path=str(Path(self.data_root) / entry['path']))))['points']
+        points = self._read(lambda path: self.points_loader(dict(lidar_points=dict(lidar_path=path)))['points'], entry['path'])
         points.translate(entry['box3d_lidar'][:3])
         return points
 
     def patch(self, entry):
         """Patch [h, w, 3] uint8 of an entry, or None if it has none."""
-        return read_image(Path(self.data_root) / entry['patch_path']) if entry.get('patch_path') else None
+        return self._read(read_image, entry['patch_path']) if entry.get('patch_path') else None
 
 # %% ../../nbs/46a_paste.ipynb #2efea6e0
 @TRANSFORMS.register_module(force=True)
