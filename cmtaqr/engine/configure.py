@@ -136,7 +136,7 @@ def stretched(schedulers, length, iterations):
         result.append(cfg)
     return result
 
-# %% ../../nbs/51a_configure.ipynb #3e34f4b1
+# %% ../../nbs/51a_configure.ipynb #be852bb8
 def _put_length(cfg, params):
     loop = cfg.train_cfg
     cfg.schedule_length = loop.get("max_epochs") or loop.get("max_iters")
@@ -152,13 +152,21 @@ def _put_length(cfg, params):
         cfg[unused] = None
 
 
-def _put_test(cfg):
+def _put_test(cfg, params):
     training = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
+    frames = next(_annotation_files(cfg.get("train_dataloader")), None) if params.split == "train" else None
     for unused in (*training, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[unused] = None
-    cfg.test_evaluator.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
+    metric = cfg.test_evaluator
+    metric.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
+    if metric.get("type") != "NuScenesMetric":
+        return
+    metric.update(type="SplitMetric", split=params.split)
+    cfg.custom_imports.imports.append("cmtaqr.engine.metrics")
+    if frames is not None:
+        cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #2560b007
+# %% ../../nbs/51a_configure.ipynb #7ec810f2
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -203,7 +211,7 @@ def run_config(params, notebook=None):
     _put_aqr(cfg, params)
     device = resolve_device(params.device)
     cfg.device = str(device)
-    _put_test(cfg) if evaluation else _put_length(cfg, params)
+    _put_test(cfg, params) if evaluation else _put_length(cfg, params)
     _put_precision(cfg, params, device)
     _put_compile(cfg, params)
     for loader in filter(None, (cfg.train_dataloader, cfg.test_dataloader)):

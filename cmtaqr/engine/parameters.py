@@ -56,7 +56,7 @@ def find_config(config):
     where = f" (looked in {Path.cwd()})" if path.suffix == ".py" else ""
     raise ParameterError(f"no config {config!r}{where}{_nearest(path.stem, config_names())}")
 
-# %% ../../nbs/50_parameters.ipynb #714edd80
+# %% ../../nbs/50_parameters.ipynb #e1c1f056
 def _accepts(value, hint):
     """Whether `value` fits one of the declared hints: str, int, float, bool, None, `list[int]`, or a union of these."""
     if isinstance(hint, UnionType):
@@ -73,7 +73,8 @@ def _accepts(value, hint):
 def _spell(hint):
     """A type hint in words for messages."""
     names = [_spell(h) for h in get_args(hint)] if isinstance(hint, UnionType) else []
-    return " or ".join(names) or {type(None): "None", list[int]: "list of int", list[str]: "list of str"}.get(hint, getattr(hint, "__name__", str(hint)))
+    words = {type(None): "None", list[int]: "list of int", list[str]: "list of str"}
+    return " or ".join(names) or words.get(hint, getattr(hint, "__name__", str(hint)))
 
 # %% ../../nbs/50_parameters.ipynb #a636ae3d
 def _option(default, text, *, low=None, above=None, choices=None, pattern=None):
@@ -95,7 +96,7 @@ def _check_value(name, value, meta):
     if meta["pattern"] and not re.fullmatch(meta["pattern"], value):
         raise ParameterError(f"{name}={value!r} is unknown; expected {meta['pattern'].replace('|', ' or ')}")
 
-# %% ../../nbs/50_parameters.ipynb #768de04f
+# %% ../../nbs/50_parameters.ipynb #9f4927ec
 def _presets():
     """Names of the bias presets."""
     from cmtaqr.bias import PRESETS
@@ -148,7 +149,8 @@ class RunParameters:
             if name not in known:
                 raise ParameterError(f"unknown parameter {name!r}{_nearest(name, list(known))}")
             if not _accepts(value, hints[name]):
-                example = next((text for kind, text in ((list[int], "[8, 5]"), (list[str], "[image, decoder]")) if kind in get_args(hints[name])), None)
+                examples = {list[int]: "[8, 5]", list[str]: "[image, decoder]"}
+                example = next((text for kind, text in examples.items() if kind in get_args(hints[name])), None)
                 how = f"; pass lists with papermill -y '{name}: {example}'" if example else ""
                 raise ParameterError(f"{name}={value!r} is a {type(value).__name__}, expected {_spell(hints[name])}{how}")
             _check_value(name, value, known[name].metadata)
@@ -172,7 +174,7 @@ class RunParameters:
         """Plain dictionary, in the order of declaration."""
         return asdict(self)
 
-# %% ../../nbs/50_parameters.ipynb #050520ab
+# %% ../../nbs/50_parameters.ipynb #4cc17693
 @dataclass(frozen=True)
 class TrainParameters(RunParameters):
     """Parameters of `nbs/train.ipynb`."""
@@ -183,7 +185,8 @@ class EvalParameters(RunParameters):
     """Parameters of `nbs/eval.ipynb`: those of the training run, and what concerns evaluation alone."""
 
     untrained: bool = _option(False, "evaluate the freshly initialised model: the baseline of a trained one")
-    frame: int = _option(0, "index of the validation frame that is drawn", low=0)
+    split: str = _option("val", "frames to evaluate: val or train, of whichever version the folder holds", pattern="val|train")
+    frame: int = _option(0, "index of the evaluated frame that is drawn", low=0)
     score_threshold: float = _option(0.3, "predicted boxes below this score are not drawn", low=0.0)
 
     def _check_together(self):
