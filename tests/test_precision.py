@@ -22,7 +22,8 @@ HALF = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
 def frame():
     frame = speed_frame(load_config("cmt_aqr_tiny"), turns=1)
     draw = torch.Generator().manual_seed(0)
-    boxes = torch.rand(12, 9, generator=draw) * torch.tensor([50, 50, 1, 4, 2, 2, 6, 2, 2]) + torch.tensor([-25, -25, -2, 0.5, 0.5, 0.5, 0, 0, 0])
+    span, low = torch.tensor([50, 50, 1, 4, 2, 2, 6, 2, 2]), torch.tensor([-25, -25, -2, 0.5, 0.5, 0.5, 0, 0, 0])
+    boxes = torch.rand(12, 9, generator=draw) * span + low
     truth = InstanceData(bboxes_3d=LiDARInstance3DBoxes(boxes, box_dim=9), labels_3d=torch.randint(0, 10, (12,), generator=draw))
     frame["data_samples"][0].gt_instances_3d = truth
     return frame
@@ -126,7 +127,8 @@ def test_large_attention_logits(precision, dtype, biased):
     windows = Windows(layout, torch.randint(0, 6, (1, 8, 1, 2)), torch.ones(1, 8, 1, dtype=torch.bool), (3,))
     bias = LocalBias(windows, torch.full((1, 8, 2), 5.0)) if biased else None
     query, key = torch.randn(1, 8, 32), torch.randn(1, 36, 32)
-    q, k = (torch.nn.functional.linear(x, w).unflatten(-1, (2, 16)) for x, w in zip((query, key), attention.attn.in_proj_weight.chunk(3)))
+    pairs = zip((query, key), attention.attn.in_proj_weight.chunk(3))
+    q, k = (torch.nn.functional.linear(x, w).unflatten(-1, (2, 16)) for x, w in pairs)
     largest = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 4).abs().max().item()
     factor = (1e4 / largest) ** 0.5
     query, key = (query * factor).requires_grad_(), (key * factor).requires_grad_()

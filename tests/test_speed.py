@@ -135,7 +135,7 @@ def test_stages_add_up_to_the_frame(model, frame):
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "speed.json"
-    few = ["--frames", "2", "--warmup", "1", "--scenes", "1", "--turns", "1", "--profiled", "1", "--device", "cpu", "--out", str(out)]
+    few = "--frames 2 --warmup 1 --scenes 1 --turns 1 --profiled 1 --device cpu --out".split() + [str(out)]
     assert main(["--configs", TINY, "--settings", "fast32", *few]) == 0
     result = json.loads(out.read_text())
     row = result["models"][0]
@@ -153,7 +153,8 @@ def test_calls_without_a_gpu_pass_through():
 
 def test_a_run_compiles_its_parts(model):
     runner = object.__new__(FileLogRunner)
-    runner.cfg, runner._distributed, runner.logger = Config(dict(compiled_parts=["decoder"], device="cpu")), False, logging.getLogger("run")
+    runner.cfg = Config(dict(compiled_parts=["decoder"], device="cpu"))
+    runner._distributed, runner.logger = False, logging.getLogger("run")
     wrapped = runner.wrap_model(None, copy.deepcopy(model))
     assert wrapped.pts_bbox_head.transformer._compiled_call_impl is not None and wrapped.img_backbone._compiled_call_impl is None
     assert list(wrapped.state_dict()) == list(model.state_dict())

@@ -51,7 +51,7 @@ def _sparse_tf32():
     finally:
         constants.SPCONV_ALLOW_TF32 = before
 
-# %% ../../nbs/37_detector.ipynb #60c2e340
+# %% ../../nbs/37_detector.ipynb #ec5ac8b8
 @MODELS.register_module(force=True)
 class CmtDetector(MVXTwoStageDetector):
     """CMT with or without AQR (Yan et al., ICCV 2023); modules that a form does not need are left out.
@@ -69,11 +69,12 @@ class CmtDetector(MVXTwoStageDetector):
         test_precision: 'fp32', 'bf16' or 'fp16' for `predict`; None follows the caller's autocast, as training does always.
     """
 
-    # set by `cmtaqr.detector.inference.accelerate`: a stream for the image branch, beside the LiDAR branch; TF32 in the sparse encoder
+    # set by `cmtaqr.detector.inference.accelerate`: a stream of its own for the image branch; TF32 in the sparse encoder
     image_stream, sparse_tf32 = None, False
 
     def __init__(self, pts_bbox_head, pts_voxel_encoder=None, pts_middle_encoder=None, pts_backbone=None, pts_neck=None,
-                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision=None, init_cfg=None):
+                 img_backbone=None, img_neck=None, grid_mask_prob=0.0, data_preprocessor=None, test_precision=None,
+                 init_cfg=None):
         super().__init__(
             pts_voxel_encoder=pts_voxel_encoder, pts_middle_encoder=pts_middle_encoder, pts_backbone=pts_backbone,
             pts_neck=pts_neck, img_backbone=img_backbone, img_neck=img_neck, data_preprocessor=data_preprocessor,

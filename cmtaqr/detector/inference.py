@@ -103,7 +103,7 @@ def _modules(model, parts):
     names = dict(model.named_modules())
     return [names[name] for part in parts for name in PARTS[part] if name in names]
 
-# %% ../../nbs/39_inference.ipynb #0cc1603d
+# %% ../../nbs/39_inference.ipynb #04ed0ed0
 def _leaves(value):
     """What a nested value of lists, tuples, dictionaries and dataclasses holds."""
     if isinstance(value, dict):
@@ -134,8 +134,8 @@ def _rebuilt(value, tensors):
 class GraphedCall:
     """A function whose GPU work is recorded at the first call of each kind and replayed afterwards.
 
-    Results of a call are overwritten by the next, and the function's weights must stay where they are. A function that waits for the GPU
-    cannot be recorded: it is called as it is, and `refused` says why.
+    Results of a call are overwritten by the next, and the function's weights must stay where they are. A function that waits for
+    the GPU cannot be recorded: it is called as it is, and `refused` says why.
 
     Args:
         function (callable): Of nested tensors and other hashable values.
@@ -187,7 +187,7 @@ class GraphedCall:
                 result = self.function(*args, **kwargs)
         return graph, places, result
 
-# %% ../../nbs/39_inference.ipynb #dfeea27b
+# %% ../../nbs/39_inference.ipynb #cfc1ed69
 GRAPHS = {"image": ("img_backbone", "img_neck"), "bev": ("pts_backbone", "pts_neck", "pts_bbox_head.shared_conv"),
           "router": ("pts_bbox_head.windows", "pts_bbox_head.aqr_router", "pts_bbox_head.bias"),
           "decoder": ("pts_bbox_head.positions", "pts_bbox_head.transformer", "pts_bbox_head.boxes")}
@@ -246,9 +246,10 @@ def accelerate(model, precision="fp32", fold=True, channels_last=True, graphs=tu
             owner, name = model if "." not in path else model.pts_bbox_head, path.rpartition(".")[2]
             target = getattr(owner, name, None)
             if isinstance(target, nn.Module):
-                compiled = target._compiled_call_impl is not None  # which would call the graph, not be recorded in it
-                target._compiled_call_impl = None
-                target.forward = GraphedCall(torch.compile(target.forward, fullgraph=True, dynamic=False) if compiled else target.forward)
+                function = target.forward
+                if target._compiled_call_impl is not None:  # it would call the graph, not be recorded in it
+                    function, target._compiled_call_impl = torch.compile(function, fullgraph=True, dynamic=False), None
+                target.forward = GraphedCall(function)
             elif target is not None:
                 setattr(owner, name, GraphedCall(target))
     return model

@@ -12,9 +12,9 @@ from .precision import island
 from .sparse import device_constant
 from .tokens import bev_coords, camera_rays, clamp_anchors, query_rays, sine_embedding
 
-# %% ../../nbs/35c_positions.ipynb #6df7fa4d
+# %% ../../nbs/35c_positions.ipynb #facda2da
 class PositionMixin:
-    """Positions of a head that has `bev_embedding` (and `rv_embedding`), `point_cloud_range`, `grid_size`, `stride`, `hidden_dim`, `depth_num`."""
+    """Positions of a head that has `bev_embedding`, `rv_embedding` with cameras, and the sizes that `CmtHead` describes."""
 
     _kept_positions = None, None
 

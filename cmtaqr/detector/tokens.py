@@ -141,12 +141,13 @@ def _ray_vectors(inverse, pixels, depths, point_cloud_range):
     origin = (columns[..., 3] - low) / size
     return (origin.unsqueeze(-2) + direction.unsqueeze(-2) * depths[:, None]).flatten(-2)
 
-# %% ../../nbs/32_tokens.ipynb #9439269a
+# %% ../../nbs/32_tokens.ipynb #b642644b
 def camera_rays(lidar2img, feature_size, pad_size, point_cloud_range, depth_num=64, device=None):
     """Ray of every image cell as normalised LiDAR points.
 
     Args:
-        lidar2img (ndarray | Tensor | CameraMatrices): [B, V, 4, 4], float64; LiDAR metres to (u d, v d, d, 1) of the padded network input.
+        lidar2img (ndarray | Tensor | CameraMatrices): [B, V, 4, 4], float64; LiDAR metres to (u d, v d, d, 1) of the padded
+            network input.
         feature_size (tuple[int, int]): (rows, columns) of the feature map.
         pad_size (tuple[int, int]): (height, width) of the padded network input, pixels.
         point_cloud_range (Sequence[float]): (x0, y0, z0, x1, y1, z1) in metres.

@@ -26,7 +26,7 @@ from .configure import stretched
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
 
-# %% ../../nbs/52_runner.ipynb #2d8792db
+# %% ../../nbs/52_runner.ipynb #7095ef7d
 _runs = itertools.count()
 
 
@@ -43,7 +43,7 @@ class FileLogRunner(Runner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
-        """Compile the parts asked for, and put the model where the run was told to, also when that is the CPU of a machine with a GPU."""
+        """Compile the parts asked for; put the model where the run was told to, also on the CPU of a machine with a GPU."""
         if self.cfg.get("compiled_parts"):
             from cmtaqr.detector.inference import compile_parts
             compile_parts(model, self.cfg.compiled_parts)

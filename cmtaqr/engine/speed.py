@@ -25,7 +25,7 @@ from .progress import Progress
 from .record import command, git_commit, machine, versions, write_json
 from .stages import STAGES, Stopwatch, copied, pinned, speed_frame, speed_model
 
-# %% ../../nbs/58_speed.ipynb #14e73b0d
+# %% ../../nbs/58_speed.ipynb #b07ffa7c
 SETTINGS = {
     "plain": dict(precision="fp32", fold=False, channels_last=False, graphs=(), overlap=False),
     "fast32": dict(precision="fp32"),
@@ -57,7 +57,8 @@ def _outputs(model, frame):
         out = model(**data, mode="tensor")
     task = out["tasks"][0]
     codes = torch.cat([task[name][-1, 0] for name in ("center", "height", "dim", "rot", "vel")], -1)
-    return task["cls_logits"][-1, 0].sigmoid().float().clone(), codes.float().clone(), out["aqr"] and out["aqr"]["weights"].clone()
+    weights = out["aqr"] and out["aqr"]["weights"].clone()
+    return task["cls_logits"][-1, 0].sigmoid().float().clone(), codes.float().clone(), weights
 
 
 def difference(model, other, frame):
@@ -67,7 +68,7 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #286fc85a
+# %% ../../nbs/58_speed.ipynb #feafacb6
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
@@ -114,7 +115,8 @@ def _prepare(cfg, frames, device, options, state, warmup):
     _wait(device)
     now = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
     memory = {name: round((b - a) / 2**20, 1) for name, a, b in zip(("allocated_mib", "reserved_mib"), before, now)}
-    facts = dict(difference=apart, memory=memory, refused_graphs=refused_graphs(model), parameters=sum(p.numel() for p in model.parameters()))
+    facts = dict(difference=apart, memory=memory, refused_graphs=refused_graphs(model),
+                 parameters=sum(p.numel() for p in model.parameters()))
     if weights is not None:
         facts["aqr_weights"] = dict(mean_abs=float(weights.abs().mean()), max_abs=float(weights.abs().max()))
     return model, state, facts
@@ -138,9 +140,9 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
         graphs (Sequence[str] | None): Parts replayed as CUDA graphs there; None for all.
 
     Returns:
-        dict: run record, `settings`, and `models`: per configuration and setting `frame_ms`, `frames_per_second`, `stages_ms`, `memory`, `difference`
-        to plain fp32 and `profile`; `ratio`: frame time of each AQR configuration over that of its CMT; `failed`: models that did not
-        run, with the error.
+        dict: run record, `settings`, and `models`: per configuration and setting `frame_ms`, `frames_per_second`, `stages_ms`,
+        `memory`, `difference` to plain fp32 and `profile`; `ratio`: frame time of each AQR configuration over that of its CMT;
+        `failed`: models that did not run, with the error.
     """
     device = resolve_device(device)
     cfgs = {name: load_config(name) for name in configs}
@@ -162,7 +164,8 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
                 failed[f"{name} {setting}"] = str(error)
                 continue
             models[name, setting] = model, inputs[key]
-            rows[name, setting] = dict(config=name, setting=setting, points=[len(f["inputs"]["points"][0]) for f in inputs[key] if sensors[0]], **facts)
+            points = [len(f["inputs"]["points"][0]) for f in inputs[key] if sensors[0]]
+            rows[name, setting] = dict(config=name, setting=setting, points=points, **facts)
             progress.update(step * (len(settings) + 1) + i + 1, f"{name} {setting} ready")
         progress.update((step + 1) * (len(settings) + 1))
     progress.close()
@@ -174,11 +177,11 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
             rows[name]["profile"] = profile(model, [data[i % len(data)] for i in range(profiled)])
     ratio = {f"{name} {setting}": round(rows[name, setting]["frame_ms"]["median"] / rows[other, setting]["frame_ms"]["median"], 4)
              for name, setting in rows if (other := name.replace("cmt_aqr_", "cmt_")) != name and (other, setting) in rows}
-    return dict(parameters=dict(configs=list(configs), frames=frames, warmup=warmup, scenes=scenes, turns=turns, device=str(device)),
-                settings={name: {**_defaults(), **options} for name, options in chosen.items()},
+    asked = dict(configs=list(configs), frames=frames, warmup=warmup, scenes=scenes, turns=turns, device=str(device))
+    return dict(parameters=asked, settings={name: {**_defaults(), **options} for name, options in chosen.items()},
                 sparse_backend=f"{sparse_backend()} {sys.modules['spconv'].__version__}",
-                tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32), models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(),
-                commit=git_commit(), machine=machine(), command=command())
+                tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32),
+                models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(), commit=git_commit(), machine=machine(), command=command())
 
 
 def _frame_times(models, frames, device):
@@ -209,23 +212,24 @@ def _stage_times(model, data, frames):
     model.image_stream = stream
     return {stage: _spread(values) for stage, values in spent.items()}
 
-# %% ../../nbs/58_speed.ipynb #cb58c6c3
+# %% ../../nbs/58_speed.ipynb #915ac434
 FULL = ["cmt_voxel0100_r50_800x320_cbgs", "cmt_aqr_voxel0100_r50_800x320_cbgs",
         "cmt_voxel0075_vov_1600x640_cbgs", "cmt_aqr_voxel0075_vov_1600x640_cbgs"]
 
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.speed --out FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.speed", description="Measure the time of a frame, stage by stage.",
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.speed",
+                                     description="Measure the time of a frame, stage by stage.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=FULL, help="names or paths of configs; CMT before its AQR")
     parser.add_argument("--settings", nargs="+", default=["plain", "fast"], choices=list(SETTINGS), help="see notebook 58")
-    for name, default, text in (("frames", 100, "frames per model"), ("warmup", 20, "frames before"), ("scenes", 4, "distinct frames"),
-                                ("turns", 10, "LiDAR turns per frame"), ("profiled", 5, "frames under the profiler")):
+    for name, default, text in (("frames", 100, "frames per model"), ("warmup", 20, "frames before"),
+                                ("scenes", 4, "distinct frames"), ("turns", 10, "LiDAR turns per frame"), ("profiled", 5, "frames under the profiler")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", nargs="*", default=[], choices=list(PARTS), help="parts for torch.compile, but in plain")
-    parser.add_argument("--graphs", nargs="*", choices=list(GRAPHS), help="parts replayed as CUDA graphs, but in plain; all if not given")
+    parser.add_argument("--graphs", nargs="*", choices=list(GRAPHS), help="parts replayed as CUDA graphs, but in plain; default all")
     parser.add_argument("--out", required=True, help="JSON file to write")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
@@ -236,16 +240,17 @@ def main(arguments=None):
         return 1
     for row in result["models"]:
         stages = ", ".join(f"{stage} {t['median']:.2f}" for stage, t in row["stages_ms"].items())
-        print(f"{row['config']} {row['setting']}: {row['frame_ms']['median']:.2f} ms, {row['frames_per_second']} frames/s ({stages})")
+        frame = f"{row['frame_ms']['median']:.2f} ms, {row['frames_per_second']} frames/s"
+        print(f"{row['config']} {row['setting']}: {frame} ({stages})")
     print("AQR over CMT:", result["ratio"])
     print(write_json(out, result))
     for name, error in result["failed"].items():
         print(f"{name} did not run: {error}", file=sys.stderr)
     return 1 if result["failed"] else 0
 
-# %% ../../nbs/58_speed.ipynb #ce582592
+# %% ../../nbs/58_speed.ipynb #05e97c35
 def plot_speed(result, floor=None):
-    """Stages of every model of a `measure` result as stacked bars, the frame's own time as a mark, and floors where they are known.
+    """Stages of every model as stacked bars, the frame's own time as a mark, and floors where they are known.
 
     Args:
         result (dict): From `measure`.
@@ -258,7 +263,8 @@ def plot_speed(result, floor=None):
     import seaborn as sns
 
     sns.set_theme(style="whitegrid")
-    bars = [(f"{row['config'].removesuffix('_cbgs')}\n{row['setting']}, {row['frames_per_second']:.1f} frames/s", row) for row in result["models"]]
+    name = "{0[config]}\n{0[setting]}, {0[frames_per_second]:.1f} frames/s"
+    bars = [(name.format(row).replace("_cbgs", ""), row) for row in result["models"]]
     colours = dict(zip(STAGES, sns.color_palette("tab20", len(STAGES))))
     figure, ax = plt.subplots(figsize=(10, 1 + 0.7 * len(bars)), constrained_layout=True)
     for place, (label, row) in enumerate(bars):
