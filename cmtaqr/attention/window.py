@@ -43,7 +43,7 @@ def _obstacle(q):
                 'runs its slow interpreter on the CPU')
     return None
 
-# %% ../../nbs/14c_window.ipynb #3603b5f0
+# %% ../../nbs/14c_window.ipynb #fe7bd4bd
 def _plan(windows):
     """What the kernels know of the layout: rows, cols of the BEV map; views, rows, cols of the camera maps; both window sizes. 0: absent."""
     layout, sizes = windows.layout, windows.sizes
@@ -64,15 +64,15 @@ def _(q, k, v, cells, seen, plan):
 
 
 @torch.library.custom_op('cmtaqr::window_attention_backward', mutates_args=(), schema=(
-    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lists, Tensor starts, Tensor cells, Tensor seen, '
+    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor lists, Tensor starts, Tensor cells, Tensor seen, '
     'int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
-def _window_attention_backward(grad, q, k, v, out, lse, lists, starts, cells, seen, plan, need_q, need_kv):
+def _window_attention_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import window_backward
-    return window_backward(grad, q, k, v, out, lse, lists, starts, cells, seen, plan, need_q, need_kv)
+    return window_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv)
 
 
 @_window_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, lists, starts, cells, seen, plan, need_q, need_kv):
+def _(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import backward_buffers
     return backward_buffers(q, k, need_q, need_kv)
 

@@ -5,30 +5,30 @@
 # %% auto #0
 __all__ = ['backward_buffers', 'window_backward']
 
-# %% ../../nbs/14b_window_backward.ipynb #b3301e05
+# %% ../../nbs/14b_window_backward.ipynb #5331a896
 import torch
 import triton
 import triton.language as tl
 
 from .window_forward import (_boxes, _dot, _in_window, _like_heads, _own_keys, _pick, _query_block, _query_options, _readable,
                                              _rows, _slice, _tile_keys)
-from .window_order import LOG2E, TUNING, _maps, _tables
+from .window_order import _NUMBERS, LOG2E, TUNING, _maps, _tables
 
-# %% ../../nbs/14b_window_backward.ipynb #7d80b10f
+# %% ../../nbs/14b_window_backward.ipynb #c4d502da
 @triton.jit
-def _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, scale, log_sum, row_sum, acc, D: tl.constexpr):
+def _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D: tl.constexpr):
     """Add one tile's part of the gradient of the queries."""
     ks = tl.load(_rows(k, index, k_n, D), mask=exists[:, None], other=0.0)
     vs = tl.load(_rows(v, index, v_n, D), mask=exists[:, None], other=0.0)
-    p = tl.where(inside, tl.exp2(_dot(qs, tl.trans(ks), None) * scale - log_sum[:, None]), 0.0)
+    p = tl.where(inside, tl.exp2((_dot(qs, tl.trans(ks), None) - peak[:, None]) * unit) * inverse[:, None], 0.0)
     ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
     return _dot(ds.to(ks.dtype), ks, acc)
 
-# %% ../../nbs/14b_window_backward.ipynb #a9e02d38
-@triton.jit
-def _query_grad_kernel(q, k, v, out, do, lse, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
-                       o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera,
-                       scale, factor, NEED_DQ: tl.constexpr, LIDAR: tl.constexpr, CAMERA: tl.constexpr, HAS_LIDAR: tl.constexpr,
+# %% ../../nbs/14b_window_backward.ipynb #fd2c20b9
+@triton.jit(do_not_specialize=_NUMBERS)
+def _query_grad_kernel(q, k, v, out, do, stats, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+                       o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera,
+                       unit, scale, NEED_DQ: tl.constexpr, HAS_LIDAR: tl.constexpr,
                        HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, KEYS: tl.constexpr,
                        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     blocks = tl.cdiv(num_queries, BLOCK_Q)
@@ -38,33 +38,34 @@ def _query_grad_kernel(q, k, v, out, do, lse, delta, dq, lists, cells, seen, q_b
     gs = tl.load(_rows(_slice(do, b, h, g_b, g_h), query, g_n, D), mask=ok[:, None], other=0.0)
     os = tl.load(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
     row_sum = tl.sum(gs.to(tl.float32) * os.to(tl.float32), 1)
-    per_query = (b.to(tl.int64) * heads + h) * num_queries + query
-    tl.store(delta + per_query, row_sum, mask=ok)
+    at = (b.to(tl.int64) * heads + h) * num_queries
+    tl.store(delta + at + query, row_sum, mask=ok)
     if NEED_DQ:
         k, v = _slice(k, b, h, k_b, k_h), _slice(v, b, h, v_b, v_h)
         qs = tl.load(_rows(_slice(q, b, h, q_b, q_h), query, q_n, D), mask=ok[:, None], other=0.0)
-        log_sum = tl.load(lse + per_query, mask=ok, other=0.0)
+        peak = tl.load(stats + 2 * at + query, mask=ok, other=0.0)
+        inverse = tl.load(stats + 2 * at + num_queries + query, mask=ok, other=0.0)
         acc = tl.zeros((BLOCK_Q, D), tl.float32)
         if HAS_LIDAR:
             row_l, col_l, visible_l = _pick(row, 0, MAPS), _pick(col, 0, MAPS), _pick(visible, 0, MAPS)
-            for step in range(tl.max(visible_l) * ((LIDAR * LIDAR + KEYS - 1) // KEYS)):
-                index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, LIDAR, KEYS, BLOCK_Q)
-                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, scale, log_sum, row_sum, acc, D)
+            for step in range(tl.max(visible_l) * (tl.cdiv(size_lidar * size_lidar, KEYS))):
+                index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS, BLOCK_Q)
+                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
         if HAS_CAMERA:
-            row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, HAS_LIDAR, CAMERA, MAPS, TILE_ROWS,
+            row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS, TILE_ROWS,
                                                       TILE_COLS)
             for t in range(tl.sum(tiles, 0)):
                 index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera, cols_camera,
-                                                   rows_lidar * cols_lidar, HAS_LIDAR, CAMERA, MAPS, TILE_ROWS, TILE_COLS)
-                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, scale, log_sum, row_sum, acc, D)
-        tl.store(_rows(_slice(dq, b, h, d_b, d_h), query, d_n, D), (acc * factor).to(dq.dtype.element_ty), mask=ok[:, None])
+                                                   rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
+                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
+        tl.store(_rows(_slice(dq, b, h, d_b, d_h), query, d_n, D), (acc * scale).to(dq.dtype.element_ty), mask=ok[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #ede81b9c
-@triton.jit
-def _key_grad_kernel(q, k, v, do, lse, delta, dk, dv, lists, starts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+# %% ../../nbs/14b_window_backward.ipynb #2e16d626
+@triton.jit(do_not_specialize=_NUMBERS)
+def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, lists, starts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
                      dk_b, dk_h, dk_n, heads, num_queries, num_maps, rows_lidar, cols_lidar,
-                     rows_camera, cols_camera, table_lidar, table_camera, table, scale, factor, LIDAR: tl.constexpr,
-                     CAMERA: tl.constexpr, HAS_LIDAR: tl.constexpr, STRIPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                     rows_camera, cols_camera, size_lidar, size_camera, table_lidar, table_camera, table, unit, scale,
+                     HAS_LIDAR: tl.constexpr, STRIPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
                      TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     lidar_tiles = tl.cdiv(rows_lidar, TILE_ROWS) * tl.cdiv(cols_lidar, TILE_COLS)
     camera_tiles = tl.cdiv(rows_camera, TILE_ROWS) * tl.cdiv(cols_camera, TILE_COLS)
@@ -75,7 +76,7 @@ def _key_grad_kernel(q, k, v, do, lse, delta, dk, dv, lists, starts, q_b, q_h, q
     view = (tile - lidar_tiles) // tl.maximum(camera_tiles, 1)
     tile = tl.where(on_camera, tile - lidar_tiles - view * camera_tiles, tile)
     rows, cols = tl.where(on_camera, rows_camera, rows_lidar), tl.where(on_camera, cols_camera, cols_lidar)
-    size, at = tl.where(on_camera, CAMERA, LIDAR), tl.where(on_camera, HAS_LIDAR + view, 0)
+    size, at = tl.where(on_camera, size_camera, size_lidar), tl.where(on_camera, HAS_LIDAR + view, 0)
     first = tl.where(on_camera, rows_lidar * cols_lidar + view * rows_camera * cols_camera, 0)
     base = tl.where(on_camera, table_lidar + view * table_camera, 0)
     row0, col0 = tile // tl.cdiv(cols, TILE_COLS) * TILE_ROWS, tile % tl.cdiv(cols, TILE_COLS) * TILE_COLS
@@ -97,7 +98,7 @@ def _key_grad_kernel(q, k, v, do, lse, delta, dk, dv, lists, starts, q_b, q_h, q
         ks = tl.load(_rows(_slice(k, b, h, k_b, k_h), index, k_n, D), mask=on_map[:, None], other=0.0)
         vs = tl.load(_rows(_slice(v, b, h, v_b, v_h), index, v_n, D), mask=on_map[:, None], other=0.0)
         list_base = lists + (b.to(tl.int64) * (num_maps + 1) + at) * 3 * num_queries
-        per_query = (b.to(tl.int64) * heads + h) * num_queries
+        at_query = (b.to(tl.int64) * heads + h) * num_queries
         q, do = _slice(q, b, h, q_b, q_h), _slice(do, b, h, g_b, g_h)
         for start in range(0, total, BLOCK_Q):
             i = start + tl.arange(0, BLOCK_Q)
@@ -110,29 +111,29 @@ def _key_grad_kernel(q, k, v, do, lse, delta, dk, dv, lists, starts, q_b, q_h, q
             inside = _in_window(row[None, :], col[None, :], r[:, None], c[:, None], size) & ok[None, :] & on_map[:, None]
             qs = tl.load(_rows(q, query, q_n, D), mask=ok[:, None], other=0.0)
             gs = tl.load(_rows(do, query, g_n, D), mask=ok[:, None], other=0.0)
-            log_sum = tl.load(lse + per_query + query, mask=ok, other=0.0)
-            row_sum = tl.load(delta + per_query + query, mask=ok, other=0.0)
-            s = _dot(ks, tl.trans(qs), None) * scale
-            p = tl.where(inside, tl.exp2(s - log_sum[None, :]), 0.0)
+            peak = tl.load(stats + 2 * at_query + query, mask=ok, other=0.0)
+            inverse = tl.load(stats + 2 * at_query + num_queries + query, mask=ok, other=0.0)
+            row_sum = tl.load(delta + at_query + query, mask=ok, other=0.0)
+            p = tl.where(inside, tl.exp2((_dot(ks, tl.trans(qs), None) - peak[None, :]) * unit) * inverse[None, :], 0.0)
             dvs = _dot(p.to(gs.dtype), gs, dvs)
             ds = p * (_dot(vs, tl.trans(gs), None) - row_sum[None, :])
             dks = _dot(ds.to(qs.dtype), qs, dks)
-    tl.store(_rows(_slice(dk, b, h, dk_b, dk_h), index, dk_n, D), (dks * factor).to(dk.dtype.element_ty), mask=on_map[:, None])
+    tl.store(_rows(_slice(dk, b, h, dk_b, dk_h), index, dk_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
     tl.store(_rows(_slice(dv, b, h, dk_b, dk_h), index, dk_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #c3d6b1ef
+# %% ../../nbs/14b_window_backward.ipynb #8fd6e72b
 def backward_buffers(q, k, need_q, need_kv):
     """Uninitialised gradients of q, k and v; empty ones where not needed."""
     return tuple(_like_heads(t) if need else t.new_empty(0) for t, need in ((q, need_q), (k, need_kv), (k, need_kv)))
 
 
-def window_backward(do, q, k, v, out, lse, lists, starts, cells, seen, plan, need_q, need_kv):
+def window_backward(do, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     """Launch the kernels of the gradients.
 
     Args:
         do: [B, H, Q, D] gradient of the output.
         q, k, v, cells, seen, plan: what `window_forward` got.
-        out, lse, lists, starts: what it returned.
+        out, stats, lists, starts: what it returned.
         need_q: whether to compute the gradient of q.
         need_kv: whether to compute those of k and v.
 
@@ -145,10 +146,10 @@ def window_backward(do, q, k, v, out, lse, lists, starts, cells, seen, plan, nee
     dq, dk, dv = buffers = backward_buffers(q, k, need_q, need_kv)
     if not out.numel():
         return tuple(t.zero_() for t in buffers)
-    scale, delta = dim ** -0.5, torch.empty_like(lse)
+    scale, delta = dim ** -0.5, torch.empty_like(stats[:, :, 0])
     strides = [n for t in (q, k, v) for n in t.stride()[:3]]
     _query_grad_kernel[(triton.cdiv(queries, TUNING['block_queries']) * heads * batch,)](
-        q, k, v, out, do, lse, delta, dq, lists, cells, seen, *strides, *out.stride()[:3], *do.stride()[:3],
+        q, k, v, out, do, stats, delta, dq, lists, cells, seen, *strides, *out.stride()[:3], *do.stride()[:3],
         *(dq.stride()[:3] if need_q else (0, 0, 0)), heads, queries, *_maps(plan), scale * LOG2E, scale, NEED_DQ=need_q,
         **_query_options(plan, q))
     if need_kv:
@@ -156,8 +157,8 @@ def window_backward(do, q, k, v, out, lse, lists, starts, cells, seen, plan, nee
         tiles = sum(n * triton.cdiv(r, rows) * triton.cdiv(c, cols) for n, r, c in ((1, *plan[:2]), plan[2:5]))
         strips = max(1 + triton.cdiv(size // 2, rows) + (rows - 1 + (size - 1) // 2) // rows for size in plan[5:] if size)
         _key_grad_kernel[(tiles * heads * batch,)](
-            q, k, v, do, lse, delta, dk, dv, lists, starts, *strides, *do.stride()[:3], *dk.stride()[:3], heads, queries,
-            *_maps(plan), *_tables(plan), scale * LOG2E, scale, LIDAR=plan[5], CAMERA=plan[6], HAS_LIDAR=int(plan[0] > 0),
+            q, k, v, do, stats, delta, dk, dv, lists, starts, *strides, *do.stride()[:3], *dk.stride()[:3], heads, queries,
+            *_maps(plan), *_tables(plan), scale * LOG2E, scale, HAS_LIDAR=int(plan[0] > 0),
             STRIPS=triton.next_power_of_2(strips), D=dim, BLOCK_Q=TUNING['key_queries'], TILE_ROWS=rows, TILE_COLS=cols,
             num_warps=TUNING['key_warps'], num_stages=TUNING['key_stages'])
     return buffers

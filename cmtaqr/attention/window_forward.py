@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['forward_buffers', 'window_forward']
 
-# %% ../../nbs/14a_window_forward.ipynb #b251bfa1
+# %% ../../nbs/14a_window_forward.ipynb #80df807a
 import torch
 import triton
 import triton.language as tl
 
-from .window_order import _FAR, _INTERPRETED, LOG2E, TUNING, _load_centres, _maps, _tables, sort_queries
+from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING, _load_centres, _maps, _tables, sort_queries
 
-# %% ../../nbs/14a_window_forward.ipynb #208a5013
+# %% ../../nbs/14a_window_forward.ipynb #3563cd46
 @triton.jit
 def _query_block(lists, cells, seen, b, block, num_queries, num_maps, MAPS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The block's queries in sorted order, and their windows on all maps: row, col and whether seen, [BLOCK_Q, MAPS]."""
@@ -38,38 +38,38 @@ def _entry(vector, m, MAPS: tl.constexpr):
 
 
 @triton.jit
-def _own_keys(row, col, visible, step, rows, cols, SIZE: tl.constexpr, KEYS: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _own_keys(row, col, visible, step, rows, cols, size, KEYS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """KEYS keys of each query's own window: index [BLOCK_Q * KEYS], which exist, and to which query they belong [BLOCK_Q, ...]."""
     offset = step * KEYS + tl.arange(0, KEYS)[None, :]
-    r = row[:, None] - (SIZE - 1) // 2 + offset // SIZE
-    c = col[:, None] - (SIZE - 1) // 2 + offset % SIZE
-    exists = (offset < SIZE * SIZE) & (visible[:, None] != 0) & (r >= 0) & (r < rows) & (c >= 0) & (c < cols)
+    r = row[:, None] - (size - 1) // 2 + offset // size
+    c = col[:, None] - (size - 1) // 2 + offset % size
+    exists = (offset < size * size) & (visible[:, None] != 0) & (r >= 0) & (r < rows) & (c >= 0) & (c < cols)
     index = tl.reshape(tl.where(exists, r * cols + c, -1), (BLOCK_Q * KEYS,))
     owner = tl.arange(0, BLOCK_Q * KEYS)[None, :] // KEYS == tl.arange(0, BLOCK_Q)[:, None]
     return index, index >= 0, owner & (index >= 0)[None, :]
 
-# %% ../../nbs/14a_window_forward.ipynb #8db04d1a
+# %% ../../nbs/14a_window_forward.ipynb #9f176d79
 @triton.jit
-def _boxes(row, col, visible, rows, cols, HAS_LIDAR: tl.constexpr, SIZE: tl.constexpr, MAPS: tl.constexpr, TILE_ROWS: tl.constexpr,
+def _boxes(row, col, visible, rows, cols, size, HAS_LIDAR: tl.constexpr, MAPS: tl.constexpr, TILE_ROWS: tl.constexpr,
            TILE_COLS: tl.constexpr):
     """The smallest box on each camera map that holds the block's windows: first row and col, tiles per row, tiles up to it and with it."""
     here = visible != 0
-    row0 = tl.maximum(tl.min(tl.where(here, row, _FAR), 0) - (SIZE - 1) // 2, 0)
-    col0 = tl.maximum(tl.min(tl.where(here, col, _FAR), 0) - (SIZE - 1) // 2, 0)
-    row1 = tl.minimum(tl.max(tl.where(here, row, -_FAR), 0) + SIZE // 2 + 1, rows)
-    col1 = tl.minimum(tl.max(tl.where(here, col, -_FAR), 0) + SIZE // 2 + 1, cols)
+    row0 = tl.maximum(tl.min(tl.where(here, row, _FAR), 0) - (size - 1) // 2, 0)
+    col0 = tl.maximum(tl.min(tl.where(here, col, _FAR), 0) - (size - 1) // 2, 0)
+    row1 = tl.minimum(tl.max(tl.where(here, row, -_FAR), 0) + size // 2 + 1, rows)
+    col1 = tl.minimum(tl.max(tl.where(here, col, -_FAR), 0) + size // 2 + 1, cols)
     across = tl.cdiv(tl.maximum(col1 - col0, 0), TILE_COLS)
     tiles = tl.where(tl.arange(0, MAPS) >= HAS_LIDAR, across * tl.cdiv(tl.maximum(row1 - row0, 0), TILE_ROWS), 0)
     return row0, col0, across, tiles, tl.cumsum(tiles, 0)
 
 
 @triton.jit
-def _in_window(row, col, r, c, SIZE):
-    return (r >= row - (SIZE - 1) // 2) & (r <= row + SIZE // 2) & (c >= col - (SIZE - 1) // 2) & (c <= col + SIZE // 2)
+def _in_window(row, col, r, c, size):
+    return (r >= row - (size - 1) // 2) & (r <= row + size // 2) & (c >= col - (size - 1) // 2) & (c <= col + size // 2)
 
 
 @triton.jit
-def _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows, cols, first, HAS_LIDAR: tl.constexpr, SIZE: tl.constexpr,
+def _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows, cols, first, size, HAS_LIDAR: tl.constexpr,
                MAPS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     """Keys of tile t of the boxes: index [n], which exist, and in whose window they lie [BLOCK_Q, n]."""
     m = tl.sum((t >= after).to(tl.int32), 0)
@@ -79,10 +79,10 @@ def _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows, col
     r = _entry(row0, m, MAPS) + t // width * TILE_ROWS + j // TILE_COLS
     c = _entry(col0, m, MAPS) + t % width * TILE_COLS + j % TILE_COLS
     exists = (r < rows) & (c < cols)
-    inside = _in_window(_pick(row, m, MAPS)[:, None], _pick(col, m, MAPS)[:, None], r[None, :], c[None, :], SIZE)
+    inside = _in_window(_pick(row, m, MAPS)[:, None], _pick(col, m, MAPS)[:, None], r[None, :], c[None, :], size)
     return first + (m - HAS_LIDAR) * rows * cols + r * cols + c, exists, inside & (_pick(visible, m, MAPS) != 0)[:, None] & exists[None, :]
 
-# %% ../../nbs/14a_window_forward.ipynb #c8add17c
+# %% ../../nbs/14a_window_forward.ipynb #ff647a94
 @triton.jit
 def _dot(a, b, c):
     """a b + c in fp32."""
@@ -105,23 +105,23 @@ def _rows(pointer, index, stride, D: tl.constexpr):
 
 
 @triton.jit
-def _attend(qs, k, v, k_n, v_n, index, exists, inside, scale, m, l, acc, D: tl.constexpr):
+def _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D: tl.constexpr):
     """One tile of the online softmax: running maximum m (base 2), sum l and weighted sum of values."""
     ks = tl.load(_rows(k, index, k_n, D), mask=exists[:, None], other=0.0)
     vs = tl.load(_rows(v, index, v_n, D), mask=exists[:, None], other=0.0)
-    s = tl.where(inside, _dot(qs, tl.trans(ks), None) * scale, -float('inf'))
+    s = tl.where(inside, _dot(qs, tl.trans(ks), None), -float('inf'))
     new = tl.maximum(m, tl.max(s, 1))
     # a query that has met no key yet: -inf - 0 instead of -inf - -inf
     finite = tl.where(new == -float('inf'), 0.0, new)
-    p = tl.exp2(s - finite[:, None])
-    shrink = tl.exp2(m - finite)
+    p = tl.exp2((s - finite[:, None]) * unit)
+    shrink = tl.exp2((m - finite) * unit)
     return new, l * shrink + tl.sum(p, 1), _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
 
-# %% ../../nbs/14a_window_forward.ipynb #b0c11618
-@triton.jit
-def _forward_kernel(q, k, v, out, lse, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
-                    heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, scale,
-                    LIDAR: tl.constexpr, CAMERA: tl.constexpr, HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr,
+# %% ../../nbs/14a_window_forward.ipynb #ef2a040a
+@triton.jit(do_not_specialize=_NUMBERS)
+def _forward_kernel(q, k, v, out, stats, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+                    heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera, unit,
+                    HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr,
                     D: tl.constexpr, BLOCK_Q: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     blocks = tl.cdiv(num_queries, BLOCK_Q)
     pid = tl.program_id(0)
@@ -134,20 +134,22 @@ def _forward_kernel(q, k, v, out, lse, lists, cells, seen, q_b, q_h, q_n, k_b, k
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     if HAS_LIDAR:
         row_l, col_l, visible_l = _pick(row, 0, MAPS), _pick(col, 0, MAPS), _pick(visible, 0, MAPS)
-        for step in range(tl.max(visible_l) * ((LIDAR * LIDAR + KEYS - 1) // KEYS)):
-            index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, LIDAR, KEYS, BLOCK_Q)
-            m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, scale, m, l, acc, D)
+        for step in range(tl.max(visible_l) * (tl.cdiv(size_lidar * size_lidar, KEYS))):
+            index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS, BLOCK_Q)
+            m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D)
     if HAS_CAMERA:
-        row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, HAS_LIDAR, CAMERA, MAPS, TILE_ROWS, TILE_COLS)
+        row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
         for t in range(tl.sum(tiles, 0)):
             index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera, cols_camera,
-                                               rows_lidar * cols_lidar, HAS_LIDAR, CAMERA, MAPS, TILE_ROWS, TILE_COLS)
-            m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, scale, m, l, acc, D)
-    divisor = tl.where(l == 0, 1.0, l)
-    tl.store(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), (acc / divisor[:, None]).to(out.dtype.element_ty), mask=ok[:, None])
-    tl.store(lse + (b.to(tl.int64) * heads + h) * num_queries + query, m + tl.log2(divisor), mask=ok)
+                                               rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
+            m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D)
+    inverse = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
+    tl.store(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), (acc * inverse[:, None]).to(out.dtype.element_ty), mask=ok[:, None])
+    stats += (b.to(tl.int64) * heads + h) * 2 * num_queries + query
+    tl.store(stats, tl.where(l == 0, 0.0, m), mask=ok)
+    tl.store(stats + num_queries, inverse, mask=ok)
 
-# %% ../../nbs/14a_window_forward.ipynb #75daa150
+# %% ../../nbs/14a_window_forward.ipynb #b2c9aa5d
 def _like_heads(t):
     """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
     batch, heads, rows, dim = t.shape
@@ -163,15 +165,15 @@ def _query_options(plan, q):
     maps, dim = (plan[0] > 0) + plan[2], q.shape[3]
     # rows of more than 256 bytes fill the shared memory of smaller GPUs in three stages
     stages = min(TUNING['query_stages'], 2) if dim * q.element_size() > 256 else TUNING['query_stages']
-    return dict(LIDAR=plan[5], CAMERA=plan[6], HAS_LIDAR=int(plan[0] > 0), HAS_CAMERA=int(plan[2] > 0),
-                MAPS=triton.next_power_of_2(max(maps, 2)), D=dim, BLOCK_Q=TUNING['block_queries'], KEYS=TUNING['gather_keys'],
+    return dict(HAS_LIDAR=int(plan[0] > 0), HAS_CAMERA=int(plan[2] > 0),
+                MAPS=triton.next_power_of_2(max(maps, 8)), D=dim, BLOCK_Q=TUNING['block_queries'], KEYS=TUNING['gather_keys'],
                 TILE_ROWS=TUNING['tile_rows'], TILE_COLS=TUNING['tile_cols'], num_warps=TUNING['query_warps'], num_stages=stages)
 
 
 def forward_buffers(q, plan):
-    """Uninitialised output, log-sum-exp, sorted lists and starts of their runs."""
+    """Uninitialised output, softmax statistics, sorted lists and starts of their runs."""
     batch, heads, queries, _ = q.shape
-    return (_like_heads(q), q.new_empty(batch, heads, queries, dtype=torch.float32),
+    return (_like_heads(q), q.new_empty(batch, heads, 2, queries, dtype=torch.float32),
             q.new_empty(batch, _maps(plan)[0] + 1, 3, queries, dtype=torch.int32),
             q.new_empty(batch, _tables(plan)[2], dtype=torch.int32))
 
@@ -188,15 +190,16 @@ def window_forward(q, k, v, cells, seen, plan):
         plan: rows and cols of the BEV map, views, rows and cols of the camera maps, window sizes of LiDAR and cameras; 0 without.
 
     Returns:
-        out [B, H, Q, D], lse [B, H, Q] (base 2), and the lists and starts of `sort_queries`.
+        out [B, H, Q, D]; stats [B, H, 2, Q] fp32, largest q·k of each query and 1 / sum of exp(scores - largest), 0 for an empty window;
+        and the lists and starts of `sort_queries`.
     """
     q, k, v = _readable(q, k, v)
     cells, seen = cells.contiguous(), seen.contiguous().view(torch.uint8)
     batch, heads, queries, dim = q.shape
-    out, lse, lists, starts = buffers = forward_buffers(q, plan)
+    out, stats, lists, starts = buffers = forward_buffers(q, plan)
     if out.numel():
         sort_queries(cells, seen, lists, starts, plan)
         _forward_kernel[(triton.cdiv(queries, TUNING['block_queries']) * heads * batch,)](
-            q, k, v, out, lse, lists, cells, seen, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            q, k, v, out, stats, lists, cells, seen, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, queries, *_maps(plan), dim ** -0.5 * LOG2E, **_query_options(plan, q))
     return buffers

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-# %% ../../nbs/14_window_order.ipynb #ca54befc
+# %% ../../nbs/14_window_order.ipynb #b7cffbe6
 # What to sweep on another GPU. The sides of matrix products must be 16 at least: block_queries, block_queries * gather_keys,
 # tile_rows * tile_cols, strip_rows * key_cols, key_queries. All are powers of two but the stages.
 TUNING = dict(
@@ -24,13 +24,15 @@ LOG2E = 1.4426950408889634
 
 _FAR = tl.constexpr(1 << 29)
 _LAST = tl.constexpr((1 << 31) - 1)
+# numbers whose value should not lead to another compilation; divisible strides should
+_NUMBERS = ['heads', 'num_queries', 'num_maps', 'rows_lidar', 'cols_lidar', 'rows_camera', 'cols_camera', 'size_lidar', 'size_camera',
+            'table_lidar', 'table_camera', 'table', 'programs']
 _INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
-# %% ../../nbs/14_window_order.ipynb #f18bc9e4
+# %% ../../nbs/14_window_order.ipynb #447a8863
 def _maps(plan):
-    """Number of maps, and (rows, cols) of the BEV and of a camera map."""
-    rows_lidar, cols_lidar, views, rows_camera, cols_camera = plan[:5]
-    return (rows_lidar > 0) + views, rows_lidar, cols_lidar, rows_camera, cols_camera
+    """Number of maps; rows and cols of the BEV map and of a camera map; both window sizes."""
+    return (plan[0] > 0) + plan[2], *plan[:2], *plan[3:]
 
 
 def _tables(plan):
@@ -40,7 +42,7 @@ def _tables(plan):
     camera = triton.cdiv(rows_camera, TUNING['strip_rows']) * cols_camera + 1 if views else 0
     return lidar, camera, lidar + views * camera
 
-# %% ../../nbs/14_window_order.ipynb #d0ca7162
+# %% ../../nbs/14_window_order.ipynb #ec497c0a
 @triton.jit
 def _load_centres(cells, seen, at, mask):
     """Window centres (row, col) as int32, and whether the window exists."""
@@ -75,8 +77,8 @@ def _sort_keys(cells, seen, first, query, num_queries, slot, num_maps, rows, col
     return tl.where(ok, key, _LAST), row, col
 
 
-@triton.jit
-def _sort_kernel(cells, seen, lists, starts, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera,
+@triton.jit(do_not_specialize=_NUMBERS)
+def _sort_kernel(cells, seen, lists, starts, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera,
                  table_lidar, table_camera, table, programs, HAS_LIDAR: tl.constexpr, STRIP: tl.constexpr, MAPS: tl.constexpr,
                  BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     chunks = tl.cdiv(num_queries, BLOCK)
@@ -123,4 +125,4 @@ def sort_queries(cells, seen, lists, starts, plan):
     programs = triton.cdiv(queries, block) + triton.cdiv(max(tables[:2]), block)
     _sort_kernel[(programs * batch, maps + 1)](
         cells, seen, lists, starts, queries, *_maps(plan), *tables, programs, HAS_LIDAR=int(plan[0] > 0), STRIP=TUNING['strip_rows'],
-        MAPS=triton.next_power_of_2(max(maps, 2)), BLOCK=block, OTHERS=TUNING['sort_others'], num_warps=TUNING['sort_warps'])
+        MAPS=triton.next_power_of_2(max(maps, 8)), BLOCK=block, OTHERS=TUNING['sort_others'], num_warps=TUNING['sort_warps'])

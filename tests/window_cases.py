@@ -1,0 +1,146 @@
+"""Cases of window attention: what is computed, and its errors against float64. Run as a script it prints them for the CPU, one JSON line each."""
+import json
+import os
+import sys
+
+import torch
+
+from cmtaqr.attention.reference import window_attention_reference
+from cmtaqr.attention.window import _plan, _window_attention, _window_attention_backward, window_attention
+from cmtaqr.geometry import TokenLayout, Windows
+
+SMALL = TokenLayout((9, 12), (3, 6, 10))
+NAMES = "out", "dq", "dk", "dv"
+
+
+def border_windows(layout, sizes, batch=1, device="cpu"):
+    """Centres at every border and corner, one cell beyond them and in the middle; each third of the maps hidden; the last query sees nothing."""
+    places = [(r, c) for r in (-1, 0, 0.5, 1, 2) for c in (-1, 0, 0.5, 1, 2)]
+    cells = torch.zeros(batch, len(places), layout.num_maps, 2, dtype=torch.long)
+    for i, place in enumerate(places):
+        for m, shape in enumerate(layout.maps):
+            cells[:, i, m] = torch.tensor([-1 if x < 0 else n if x > 1 else int(x * (n - 1)) for x, n in zip(place, shape)])
+    seen = (torch.arange(len(places))[:, None] + torch.arange(layout.num_maps)) % 3 < 2
+    seen[-1] = False
+    return Windows(layout, cells.to(device), seen.expand(batch, -1, -1).to(device), (1,) * layout.num_maps).resized(sizes)
+
+
+def random_windows(layout, batch, queries, sizes, share=0.5, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    cells = (torch.rand(batch, queries, layout.num_maps, 2, generator=g) * (torch.tensor(layout.maps) + 4)).long() - 2
+    seen = torch.rand(batch, queries, layout.num_maps, generator=g) < share
+    return Windows(layout, cells.to(device), seen.to(device), (1,) * layout.num_maps).resized(sizes)
+
+
+def in_memory(t, kind):
+    """The same [B, H, N, D] with another arrangement in memory."""
+    if kind == "heads inside":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "sliced":
+        wide = torch.full((*t.shape[:3], 3 * t.shape[3] + 8), float("nan"), dtype=t.dtype, device=t.device)
+        wide[..., 8:8 + t.shape[3]] = t
+        return wide[..., 8:8 + t.shape[3]]
+    if kind == "channels outside":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    return t.contiguous()
+
+
+def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, True), memory="heads inside", scale=1.0, seed=0, chunk_size=None):
+    """Largest errors of output and gradients, of the kernels and of plain torch in the same dtype, against float64.
+
+    Returns:
+        {name: [error of the kernels, error of plain torch, largest exact value]}; where no gradient was asked for, nothing. Values of queries and keys in
+        no window must be exactly zero, which is checked here.
+    """
+    device, (batch, queries) = windows.cells.device, windows.seen.shape[:2]
+    g = torch.Generator(device).manual_seed(seed)
+    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in (queries, windows.layout.num_keys, windows.layout.num_keys, queries))
+    q = q * scale
+    grad = in_memory(grad, memory)
+    results = []
+    for kind in ("triton", "plain", "exact"):
+        inputs = [in_memory(t.double() if kind == "exact" else t, memory).detach().requires_grad_(need) for t, need in zip((q, k, v), needs)]
+        asked = [t for t in inputs if t.requires_grad]
+        out = window_attention(*inputs, windows, "triton") if kind == "triton" else window_attention_reference(*inputs, windows, chunk_size)
+        found = iter(torch.autograd.grad(out, asked, grad.to(out.dtype)) if asked else ())
+        results.append([out.detach()] + [next(found) if t.requires_grad else None for t in inputs])
+    assert results[0][0].dtype == dtype and all(a is None or a.dtype == dtype and a.shape == b.shape for a, b in zip(results[0], results[2]))
+    idle = windows.bounds()[..., 1::2].le(windows.bounds()[..., ::2]).any(-1).all(-1)[:, None].expand(-1, heads, -1)
+    assert all(torch.count_nonzero(t[idle]) == 0 for t in results[0][:2] if t is not None), "a query without windows"
+    if windows.layout.num_keys * queries < 10**6:
+        unused = ~windows.mask().any(1)[:, None].expand(-1, heads, -1)
+        assert all(torch.count_nonzero(t[unused]) == 0 for t in results[0][2:] if t is not None), "a key in no window"
+    return {name: [float((a.double() - c).abs().max()), float((b.double() - c).abs().max()), float(c.abs().max())]
+            for name, a, b, c in zip(NAMES, *results) if a is not None}
+
+
+def overlapping():
+    """Every view sees every query."""
+    windows = random_windows(SMALL, 1, 40, [4, 3])
+    windows.seen[:] = True
+    return windows
+
+
+def empty():
+    windows = random_windows(SMALL, 1, 5, [4, 3])
+    windows.seen[:] = False
+    return windows
+
+
+LIDAR, CAMERA, TINY = TokenLayout((9, 12), None), TokenLayout(None, (2, 6, 10)), TokenLayout((3, 4), (2, 4, 3))
+CASES = {
+    "borders, even and odd": lambda: measure(border_windows(SMALL, [4, 5])),
+    "borders, odd and even": lambda: measure(border_windows(SMALL, [3, 2])),
+    "single cells": lambda: measure(border_windows(SMALL, 1), heads=1),
+    "larger than the maps": lambda: measure(border_windows(TINY, [9, 12]), heads=1),
+    "overlapping views": lambda: measure(overlapping(), heads=1),
+    "empty": lambda: measure(empty()),
+    "LiDAR alone": lambda: measure(border_windows(LIDAR, [4, 3])),
+    "cameras alone": lambda: measure(border_windows(CAMERA, [4, 3])),
+    "one camera": lambda: measure(border_windows(TokenLayout(None, (1, 6, 10)), [4, 3])),
+    "one key": lambda: measure(random_windows(TokenLayout((1, 1), None), 1, 3, 1)),
+    "one query": lambda: measure(random_windows(SMALL, 1, 1, [4, 3], share=1.0)),
+    "batch 3": lambda: measure(random_windows(SMALL, 3, 18, [4, 3]), heads=1),
+    "many queries": lambda: measure(random_windows(TINY, 1, 270, [2, 3]), heads=1),
+    "sharp scores": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), scale=4.0),
+    **{f"head dimension {dim}": (lambda dim=dim: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dim=dim)) for dim in (32, 64, 128)},
+    **{f"in memory: {kind}": (lambda kind=kind: measure(random_windows(SMALL, 1, 20, [4, 3]), memory=kind)) for kind in ("heads outside", "sliced", "channels outside")},
+    **{f"gradients of {''.join(n for n, need in zip('qkv', needs) if need) or 'nothing'}": (lambda needs=needs: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, needs=needs))
+       for needs in [tuple(bool(i >> j & 1) for j in range(3)) for i in range(7)]},
+    "float16": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dtype=torch.float16),
+    "bfloat16": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dtype=torch.bfloat16),
+}
+
+
+def check_operator(device="cpu"):
+    """PyTorch's checks of both operators; the traced function as a whole gives the same bits; so do a repetition and a checkpoint."""
+    windows = random_windows(TINY, 1, 3, [2, 3], share=0.8, device=device)
+    q, k, v = (torch.randn(1, n, 1, 16, device=device).transpose(1, 2).requires_grad_() for n in (3, TINY.num_keys, TINY.num_keys))
+    place = windows.cells, windows.seen, _plan(windows)
+    torch.library.opcheck(_window_attention, (q, k, v, *place))
+    with torch.no_grad():
+        results = _window_attention(q, k, v, *place)
+        for needs in ((True, True), (False, True), (True, False)):
+            torch.library.opcheck(_window_attention_backward, (torch.ones_like(q), q.detach(), k.detach(), v.detach(), *results, *place, *needs),
+                                  test_utils=("test_schema", "test_faketensor"))
+
+    def attend(q, k, v):
+        return window_attention(q, k, v, windows, "triton")
+
+    ways = attend, torch.compile(attend, fullgraph=True, backend="aot_eager"), lambda *t: torch.utils.checkpoint.checkpoint(attend, *t, use_reentrant=False)
+    first = None
+    for way in ways:
+        out = way(q, k, v)
+        got = out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+        first = first or got
+        assert all(torch.equal(a, b) for a, b in zip(got, first))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name, case in {**CASES, "operator": check_operator}.items():
+        try:
+            result = case()
+        except Exception as error:
+            result = repr(error)
+        print(json.dumps([name, result]), flush=True)
