@@ -25,7 +25,7 @@ demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, pr
 	@mkdir -p $(DEMO)/untrained $(DEMO)/train $(DEMO)/eval
 	@echo "[1/5] synthetic world -> $(WORLD)"
 	@$(BIN)/python -m cmtaqr.data.world $(WORLD) --keyframes 40 --sweeps 0 --image-size 400 225 --radius 25 --lidar-range 40 --annotation-range 30 --seed 0
-	@$(BIN)/python -m cmtaqr.data.nuscenes $(WORLD)
+	@$(BIN)/python -m cmtaqr.data.nuscenes $(WORLD) --no-database
 	@echo "[2/5] the untrained model's figure -> $(DEMO)/untrained"
 	@$(BIN)/papermill nbs/eval.ipynb $(DEMO)/untrained/eval.ipynb -p data_root $(WORLD) -p seed $(SEED) -p untrained True
 	@echo "[3/5] train AQR, $(ITERS) iterations -> $(DEMO)/train"

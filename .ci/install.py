@@ -27,6 +27,7 @@ LOG = PREFIX / "cmtaqr-install.log"
 PIP = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(LOCK)]
 # mmdet3d names open3d, black and a matplotlib that no longer builds; nothing here imports them.
 NO_DEPS = ["mmdet3d", "lyft-dataset-sdk"]
+TRITON = "triton==3.6.0"
 
 
 class StepFailed(Exception):
@@ -108,6 +109,9 @@ def create_environment():
 
 def install_torch():
     stream(PIP + [pinned(name) for name in ("torch", "numpy", "setuptools", "wheel", "ninja", "psutil")])
+    # torch's CUDA builds bring the Triton they need; its CPU builds bring none, and tests run the kernels in Triton's interpreter
+    if imports("import triton"):
+        stream(PIP + [TRITON])
 
 
 def build_mmcv():
@@ -166,7 +170,7 @@ def install_project():
 
 
 STEPS = [("virtual environment", create_environment, ""),
-         ("torch and build tools", install_torch, "lock"),
+         ("torch, Triton and build tools", install_torch, "lock"),
          ("mmcv with its operators (5 to 10 minutes the first time, then from pip's cache)", build_mmcv, "lock"),
          ("sparse convolution", install_sparse_convolution, "lock"),
          ("packages", install_packages, "lock settings"),
