@@ -15,7 +15,7 @@ from .. import detector  # before mmdet3d: it chooses the sparse library
 from mmdet3d.datasets import CBGSDataset, NuScenesDataset
 from mmdet3d.registry import DATASETS
 
-# %% ../../nbs/42b_frames.ipynb #123678bb
+# %% ../../nbs/42b_frames.ipynb #9e6b61b4
 def require_root(root):
     """Raise FileNotFoundError, with the remedy, unless the data root is a folder."""
     if not Path(root).is_dir():
@@ -39,6 +39,7 @@ class NuScenesFrames(NuScenesDataset):
 
     Raises:
         FileNotFoundError: If the root or the info file is missing; the message says how to make it.
+        ValueError: If the info file lists no frame.
     """
 
     def __init__(self, data_root, ann_file, data_prefix=None, metainfo=None, modality=None, filter_empty_gt=False, **kwargs):
@@ -48,9 +49,10 @@ class NuScenesFrames(NuScenesDataset):
             raise FileNotFoundError(f'{path} does not exist: write it with `python -m cmtaqr.data.nuscenes {data_root}`')
         with open(path, 'rb') as file:
             content = pickle.load(file)
+        if not content['data_list']:
+            raise ValueError(f'{path} lists no frame: {data_root} has no scene of this split, choose the other one')
         if data_prefix is None:
-            frames = content['data_list']
-            data_prefix = dict(PREFIX, **{name: f'samples/{name}' for name in (frames[0]['images'] if frames else ())})
+            data_prefix = dict(PREFIX, **{name: f'samples/{name}' for name in content['data_list'][0]['images']})
         super().__init__(data_root=str(data_root), ann_file=str(ann_file), data_prefix=data_prefix, filter_empty_gt=filter_empty_gt,
                          metainfo=metainfo, modality=modality or dict(use_lidar=True, use_camera=True), **kwargs)
         self._metainfo['version'] = content['metainfo']['version']
