@@ -1,11 +1,9 @@
-"""Cases of window attention: what is computed, and its errors against float64. Run as a script it prints them for the CPU, one JSON line each."""
+"""Cases of window attention and their errors against float64; run as a script it prints them for the CPU, one JSON line each."""
 import json
-import os
-import sys
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from cmtaqr.attention.reference import window_attention_reference
 from cmtaqr.attention.window import _plan, _window_attention, _window_attention_backward, window_attention
 from cmtaqr.geometry import TokenLayout, Windows
 
@@ -14,7 +12,7 @@ NAMES = "out", "dq", "dk", "dv"
 
 
 def border_windows(layout, sizes, batch=1, device="cpu"):
-    """Centres at every border and corner, one cell beyond them and in the middle; each third of the maps hidden; the last query sees nothing."""
+    """Centres at all borders and corners, beyond them and in the middle; every third map hidden; the last query sees nothing."""
     places = [(r, c) for r in (-1, 0, 0.5, 1, 2) for c in (-1, 0, 0.5, 1, 2)]
     cells = torch.zeros(batch, len(places), layout.num_maps, 2, dtype=torch.long)
     for i, place in enumerate(places):
@@ -45,26 +43,29 @@ def in_memory(t, kind):
     return t.contiguous()
 
 
-def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, True), memory="heads inside", scale=1.0, seed=0, chunk_size=None):
+def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, True), memory="heads inside", scale=1.0, seed=0):
     """Largest errors of output and gradients, of the kernels and of plain torch in the same dtype, against float64.
 
     Returns:
-        {name: [error of the kernels, error of plain torch, largest exact value]}; where no gradient was asked for, nothing. Values of queries and keys in
-        no window must be exactly zero, which is checked here.
+        {name: [error of the kernels, error of plain torch, largest exact value]} of what was asked for. Where
+        there is no window, values must be exactly zero, which is checked here.
     """
     device, (batch, queries) = windows.cells.device, windows.seen.shape[:2]
     g = torch.Generator(device).manual_seed(seed)
-    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in (queries, windows.layout.num_keys, windows.layout.num_keys, queries))
+    lengths = queries, windows.layout.num_keys, windows.layout.num_keys, queries
+    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in lengths)
     q = q * scale
     grad = in_memory(grad, memory)
     results = []
     for kind in ("triton", "plain", "exact"):
-        inputs = [in_memory(t.double() if kind == "exact" else t, memory).detach().requires_grad_(need) for t, need in zip((q, k, v), needs)]
+        inputs = [in_memory(t.double() if kind == "exact" else t, memory).detach() for t in (q, k, v)]
+        for t, need in zip(inputs, needs):
+            t.requires_grad_(need)
         asked = [t for t in inputs if t.requires_grad]
-        out = window_attention(*inputs, windows, "triton") if kind == "triton" else window_attention_reference(*inputs, windows, chunk_size)
+        out = window_attention(*inputs, windows, "triton" if kind == "triton" else "reference")
         found = iter(torch.autograd.grad(out, asked, grad.to(out.dtype)) if asked else ())
         results.append([out.detach()] + [next(found) if t.requires_grad else None for t in inputs])
-    assert results[0][0].dtype == dtype and all(a is None or a.dtype == dtype and a.shape == b.shape for a, b in zip(results[0], results[2]))
+    assert all(a is None or a.dtype == dtype and a.shape == b.shape for a, b in zip(results[0], results[2]))
     idle = windows.bounds()[..., 1::2].le(windows.bounds()[..., ::2]).any(-1).all(-1)[:, None].expand(-1, heads, -1)
     assert all(torch.count_nonzero(t[idle]) == 0 for t in results[0][:2] if t is not None), "a query without windows"
     if windows.layout.num_keys * queries < 10**6:
@@ -101,35 +102,39 @@ CASES = {
     "one key": lambda: measure(random_windows(TokenLayout((1, 1), None), 1, 3, 1)),
     "one query": lambda: measure(random_windows(SMALL, 1, 1, [4, 3], share=1.0)),
     "batch 3": lambda: measure(random_windows(SMALL, 3, 18, [4, 3]), heads=1),
-    "many queries": lambda: measure(random_windows(TINY, 1, 270, [2, 3]), heads=1),
-    "sharp scores": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), scale=4.0),
-    **{f"head dimension {dim}": (lambda dim=dim: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dim=dim)) for dim in (32, 64, 128)},
-    **{f"in memory: {kind}": (lambda kind=kind: measure(random_windows(SMALL, 1, 20, [4, 3]), memory=kind)) for kind in ("heads outside", "sliced", "channels outside")},
-    **{f"gradients of {''.join(n for n, need in zip('qkv', needs) if need) or 'nothing'}": (lambda needs=needs: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, needs=needs))
-       for needs in [tuple(bool(i >> j & 1) for j in range(3)) for i in range(7)]},
-    "float16": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dtype=torch.float16),
-    "bfloat16": lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), heads=1, dtype=torch.bfloat16),
-}
+    "many queries": lambda: measure(random_windows(TINY, 1, 270, [2, 3]), heads=1)}
+
+
+def common(**changes):
+    return lambda: measure(random_windows(SMALL, 1, 20, [4, 3]), **{"heads": 1, **changes})
+
+
+CASES |= {"sharp scores": common(scale=4.0), "float16": common(dtype=torch.float16), "bfloat16": common(dtype=torch.bfloat16)}
+CASES |= {f"head dimension {dim}": common(dim=dim) for dim in (32, 64, 128)}
+CASES |= {f"in memory: {kind}": common(heads=2, memory=kind) for kind in ("heads outside", "sliced", "channels outside")}
+CASES |= {f"gradients of {wanted}": common(needs=tuple(n in wanted for n in "qkv"))
+          for wanted in ("q", "k", "v", "qk", "qv", "kv", "-")}
 
 
 def check_operator(device="cpu"):
-    """PyTorch's checks of both operators; the traced function as a whole gives the same bits; so do a repetition and a checkpoint."""
+    """PyTorch's checks of both operators; tracing the function as a whole and checkpointing it change no bit."""
     windows = random_windows(TINY, 1, 3, [2, 3], share=0.8, device=device)
-    q, k, v = (torch.randn(1, n, 1, 16, device=device).transpose(1, 2).requires_grad_() for n in (3, TINY.num_keys, TINY.num_keys))
+    lengths = 3, TINY.num_keys, TINY.num_keys
+    q, k, v = (torch.randn(1, n, 1, 16, device=device).transpose(1, 2).requires_grad_() for n in lengths)
     place = windows.cells, windows.seen, _plan(windows)
     torch.library.opcheck(_window_attention, (q, k, v, *place))
     with torch.no_grad():
         results = _window_attention(q, k, v, *place)
         for needs in ((True, True), (False, True), (True, False)):
-            torch.library.opcheck(_window_attention_backward, (torch.ones_like(q), q.detach(), k.detach(), v.detach(), *results, *place, *needs),
-                                  test_utils=("test_schema", "test_faketensor"))
+            arguments = torch.ones_like(q), q.detach(), k.detach(), v.detach(), *results, *place, *needs
+            torch.library.opcheck(_window_attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def attend(q, k, v):
         return window_attention(q, k, v, windows, "triton")
 
-    ways = attend, torch.compile(attend, fullgraph=True, backend="aot_eager"), lambda *t: torch.utils.checkpoint.checkpoint(attend, *t, use_reentrant=False)
+    traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
     first = None
-    for way in ways:
+    for way in (attend, traced, lambda *t: checkpoint(attend, *t, use_reentrant=False)):
         out = way(q, k, v)
         got = out, *torch.autograd.grad(out.square().sum(), (q, k, v))
         first = first or got

@@ -43,18 +43,20 @@ def _obstacle(q):
                 'runs its slow interpreter on the CPU')
     return None
 
-# %% ../../nbs/14c_window.ipynb #fe7bd4bd
+# %% ../../nbs/14c_window.ipynb #92ae74d7
 def _plan(windows):
-    """What the kernels know of the layout: rows, cols of the BEV map; views, rows, cols of the camera maps; both window sizes. 0: absent."""
+    """Rows, cols of the BEV map; views, rows, cols of the camera maps; window sizes of LiDAR and cameras; 0 if absent."""
     layout, sizes = windows.layout, windows.sizes
-    return [*(layout.lidar or (0, 0)), *(layout.camera or (0, 0, 0)), sizes[0] if layout.lidar else 0, sizes[-1] if layout.camera else 0]
+    lidar, camera = sizes[0] if layout.lidar else 0, sizes[-1] if layout.camera else 0
+    return [*(layout.lidar or (0, 0)), *(layout.camera or (0, 0, 0)), lidar, camera]
 
 
 @torch.library.custom_op('cmtaqr::window_attention', mutates_args=(), schema=(
     '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor)'))
 def _window_attention(q, k, v, cells, seen, plan):
     from cmtaqr.attention.window_forward import window_forward
-    return window_forward(q, k, v, cells, seen, plan)
+    with torch.cuda.device_of(q):
+        return window_forward(q, k, v, cells, seen, plan)
 
 
 @_window_attention.register_fake
@@ -64,11 +66,12 @@ def _(q, k, v, cells, seen, plan):
 
 
 @torch.library.custom_op('cmtaqr::window_attention_backward', mutates_args=(), schema=(
-    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor lists, Tensor starts, Tensor cells, Tensor seen, '
-    'int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
+    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor lists, Tensor starts, Tensor cells, '
+    'Tensor seen, int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
 def _window_attention_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import window_backward
-    return window_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv)
+    with torch.cuda.device_of(q):
+        return window_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv)
 
 
 @_window_attention_backward.register_fake

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['backward_buffers', 'window_backward']
 
-# %% ../../nbs/14b_window_backward.ipynb #5331a896
+# %% ../../nbs/14b_window_backward.ipynb #97583aa2
 import torch
 import triton
 import triton.language as tl
 
-from .window_forward import (_boxes, _dot, _in_window, _like_heads, _own_keys, _pick, _query_block, _query_options, _readable,
-                                             _rows, _slice, _tile_keys)
+from .window_forward import (_boxes, _dot, _in_window, _like_heads, _limit, _own_keys, _pick, _query_block,
+                                             _query_options, _readable, _rows, _slice, _tile_keys)
 from .window_order import _NUMBERS, LOG2E, TUNING, _maps, _tables
 
 # %% ../../nbs/14b_window_backward.ipynb #c4d502da
@@ -24,13 +24,13 @@ def _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, 
     ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
     return _dot(ds.to(ks.dtype), ks, acc)
 
-# %% ../../nbs/14b_window_backward.ipynb #fd2c20b9
+# %% ../../nbs/14b_window_backward.ipynb #140134ac
 @triton.jit(do_not_specialize=_NUMBERS)
 def _query_grad_kernel(q, k, v, out, do, stats, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
-                       o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera,
-                       unit, scale, NEED_DQ: tl.constexpr, HAS_LIDAR: tl.constexpr,
-                       HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, KEYS: tl.constexpr,
-                       TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
+                       o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar,
+                       rows_camera, cols_camera, size_lidar, size_camera, unit, scale, NEED_DQ: tl.constexpr,
+                       HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr,
+                       BLOCK_Q: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     blocks = tl.cdiv(num_queries, BLOCK_Q)
     pid = tl.program_id(0)
     block, h, b = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -48,15 +48,17 @@ def _query_grad_kernel(q, k, v, out, do, stats, delta, dq, lists, cells, seen, q
         acc = tl.zeros((BLOCK_Q, D), tl.float32)
         if HAS_LIDAR:
             row_l, col_l, visible_l = _pick(row, 0, MAPS), _pick(col, 0, MAPS), _pick(visible, 0, MAPS)
-            for step in range(tl.max(visible_l) * (tl.cdiv(size_lidar * size_lidar, KEYS))):
-                index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS, BLOCK_Q)
+            for step in range(tl.max(visible_l) * tl.cdiv(size_lidar * size_lidar, KEYS)):
+                index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS,
+                                                  BLOCK_Q)
                 acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
         if HAS_CAMERA:
-            row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS, TILE_ROWS,
-                                                      TILE_COLS)
+            row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS,
+                                                      TILE_ROWS, TILE_COLS)
             for t in range(tl.sum(tiles, 0)):
-                index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera, cols_camera,
-                                                   rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
+                index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera,
+                                                   cols_camera, rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS,
+                                                   TILE_ROWS, TILE_COLS)
                 acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
         tl.store(_rows(_slice(dq, b, h, d_b, d_h), query, d_n, D), (acc * scale).to(dq.dtype.element_ty), mask=ok[:, None])
 
@@ -121,7 +123,7 @@ def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, lists, starts, q_b, q_h,
     tl.store(_rows(_slice(dk, b, h, dk_b, dk_h), index, dk_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
     tl.store(_rows(_slice(dv, b, h, dk_b, dk_h), index, dk_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #8fd6e72b
+# %% ../../nbs/14b_window_backward.ipynb #8f3a6020
 def backward_buffers(q, k, need_q, need_kv):
     """Uninitialised gradients of q, k and v; empty ones where not needed."""
     return tuple(_like_heads(t) if need else t.new_empty(0) for t, need in ((q, need_q), (k, need_kv), (k, need_kv)))
@@ -160,5 +162,6 @@ def window_backward(do, q, k, v, out, stats, lists, starts, cells, seen, plan, n
             q, k, v, do, stats, delta, dk, dv, lists, starts, *strides, *do.stride()[:3], *dk.stride()[:3], heads, queries,
             *_maps(plan), *_tables(plan), scale * LOG2E, scale, HAS_LIDAR=int(plan[0] > 0),
             STRIPS=triton.next_power_of_2(strips), D=dim, BLOCK_Q=TUNING['key_queries'], TILE_ROWS=rows, TILE_COLS=cols,
-            num_warps=TUNING['key_warps'], num_stages=TUNING['key_stages'])
+            num_warps=TUNING['key_warps'], num_stages=TUNING['key_stages'],
+            **_limit(q, TUNING['key_registers']))
     return buffers

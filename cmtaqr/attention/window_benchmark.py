@@ -58,7 +58,7 @@ def keys_per_query(windows):
     rows, cols = (windows.bounds()[..., i + 1] - windows.bounds()[..., i] for i in (0, 2))
     return (rows * cols).sum(-1).double().mean().item()
 
-# %% ../../nbs/14d_window_benchmark.ipynb #c75ba2ca
+# %% ../../nbs/14d_window_benchmark.ipynb #414072b9
 def _median_ms(run, repeats):
     flush = torch.empty(2**28, dtype=torch.int8, device='cuda')
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -123,7 +123,8 @@ def _measure(windows, heads, dim, dtype, backend, repeats):
     return result
 
 
-def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=4, dim=64, dtype=torch.bfloat16, repeats=50, reference=True):
+def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=4, dim=64, dtype=torch.bfloat16, repeats=50,
+                     reference=True):
     """Time window attention forward, and forward with backward, on the current GPU.
 
     Args:
@@ -137,8 +138,9 @@ def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=
         reference: whether to time `window_attention_reference` too.
 
     Returns:
-        A dict: GPU, software, sizes, and one record per layout and batch with the keys per query and, for 'triton' and 'reference', medians in
-        milliseconds as launched and as a CUDA graph, peak memory in MiB beyond the inputs, and each kernel's time in microseconds.
+        A dict: GPU, software, sizes, and one record per layout and batch with the keys per query and, for 'triton' and
+        'reference', medians in milliseconds as launched and as a CUDA graph, peak memory in MiB beyond the inputs, and each
+        kernel's time in microseconds.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -159,14 +161,20 @@ def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=
             for backend in ('triton', 'reference') if reference else ('triton',):
                 text = ', '.join(f'{key} {value:.3f}' for key, value in record[backend].items() if key != 'kernels_us')
                 print(f'  {backend:9} {text}', file=sys.stderr)
-    return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, dtype=str(dtype).removeprefix('torch.'), heads=heads, dim=dim,
-                records=records)
+    return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, dtype=str(dtype).removeprefix('torch.'), heads=heads,
+                dim=dim, records=records)
 
-# %% ../../nbs/14d_window_benchmark.ipynb #d022e335
-VARIANTS = [{}, dict(query_warps=2), dict(query_warps=8), dict(query_stages=2), dict(query_stages=4), dict(gather_keys=2), dict(gather_keys=8),
-            dict(tile_cols=16), dict(tile_rows=4, tile_cols=16), dict(tile_cols=16, gather_keys=8, query_warps=8), dict(block_queries=32, gather_keys=2),
-            dict(key_warps=8), dict(key_cols=16), dict(key_cols=16, key_warps=8), dict(strip_rows=4, key_cols=16), dict(key_queries=32),
-            dict(key_queries=32, key_warps=8), dict(key_stages=1), dict(key_stages=3), dict(sort_others=512), dict(sort_block=16), dict(sort_warps=8)]
+# %% ../../nbs/14d_window_benchmark.ipynb #18af7cf6
+VARIANTS = [
+    {}, dict(query_warps=2, query_registers=255), dict(query_warps=8), dict(query_stages=2), dict(query_stages=4),
+    dict(query_registers=168), dict(gather_keys=2), dict(gather_keys=8, query_registers=168),
+    dict(tile_cols=16, query_registers=168),
+    dict(tile_rows=4, tile_cols=16), dict(tile_cols=16, gather_keys=8, query_registers=255),
+    dict(tile_cols=16, gather_keys=8, query_warps=8), dict(block_queries=32, gather_keys=2, query_registers=255),
+    dict(key_registers=128), dict(key_warps=8, key_registers=128), dict(key_cols=16, key_registers=255),
+    dict(key_cols=16, key_warps=8), dict(strip_rows=4, key_cols=16), dict(key_queries=32, key_registers=255),
+    dict(key_queries=32, key_warps=8), dict(key_stages=1), dict(key_stages=3), dict(sort_others=512),
+    dict(sort_block=16), dict(sort_warps=8)]
 
 
 def sweep(layouts=tuple(LAYOUTS), batch=2, queries=900, repeats=30, variants=VARIANTS):
@@ -201,10 +209,11 @@ def sweep(layouts=tuple(LAYOUTS), batch=2, queries=900, repeats=30, variants=VAR
             print(f'{name} {change or "as it is"}: {text}', file=sys.stderr)
     return records
 
-# %% ../../nbs/14d_window_benchmark.ipynb #d601054e
+# %% ../../nbs/14d_window_benchmark.ipynb #bfd7d4d9
 def main(arguments=None):
     """Command line `python -m cmtaqr.attention.window_benchmark`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.window_benchmark', description='Time window attention on this GPU.')
+    parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.window_benchmark',
+                                     description='Time window attention on this GPU.')
     parser.add_argument('--json', metavar='FILE', help='write all figures to FILE')
     parser.add_argument('--queries', type=int, default=900, help='queries per sample (default 900)')
     parser.add_argument('--repeats', type=int, default=50, help='measurements behind each median (default 50)')

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING, _load_centres, _maps, _tables, sort_queries
 
-# %% ../../nbs/14a_window_forward.ipynb #3563cd46
+# %% ../../nbs/14a_window_forward.ipynb #f546549c
 @triton.jit
 def _query_block(lists, cells, seen, b, block, num_queries, num_maps, MAPS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The block's queries in sorted order, and their windows on all maps: row, col and whether seen, [BLOCK_Q, MAPS]."""
@@ -39,7 +39,7 @@ def _entry(vector, m, MAPS: tl.constexpr):
 
 @triton.jit
 def _own_keys(row, col, visible, step, rows, cols, size, KEYS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """KEYS keys of each query's own window: index [BLOCK_Q * KEYS], which exist, and to which query they belong [BLOCK_Q, ...]."""
+    """KEYS keys of each query's own window: index [n = BLOCK_Q * KEYS], which exist, and whose they are [BLOCK_Q, n]."""
     offset = step * KEYS + tl.arange(0, KEYS)[None, :]
     r = row[:, None] - (size - 1) // 2 + offset // size
     c = col[:, None] - (size - 1) // 2 + offset % size
@@ -48,11 +48,11 @@ def _own_keys(row, col, visible, step, rows, cols, size, KEYS: tl.constexpr, BLO
     owner = tl.arange(0, BLOCK_Q * KEYS)[None, :] // KEYS == tl.arange(0, BLOCK_Q)[:, None]
     return index, index >= 0, owner & (index >= 0)[None, :]
 
-# %% ../../nbs/14a_window_forward.ipynb #9f176d79
+# %% ../../nbs/14a_window_forward.ipynb #f4b86e93
 @triton.jit
 def _boxes(row, col, visible, rows, cols, size, HAS_LIDAR: tl.constexpr, MAPS: tl.constexpr, TILE_ROWS: tl.constexpr,
            TILE_COLS: tl.constexpr):
-    """The smallest box on each camera map that holds the block's windows: first row and col, tiles per row, tiles up to it and with it."""
+    """Box on each camera map that holds the block's windows: first row and col, tiles across, tiles, their running sum."""
     here = visible != 0
     row0 = tl.maximum(tl.min(tl.where(here, row, _FAR), 0) - (size - 1) // 2, 0)
     col0 = tl.maximum(tl.min(tl.where(here, col, _FAR), 0) - (size - 1) // 2, 0)
@@ -80,9 +80,10 @@ def _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows, col
     c = _entry(col0, m, MAPS) + t % width * TILE_COLS + j % TILE_COLS
     exists = (r < rows) & (c < cols)
     inside = _in_window(_pick(row, m, MAPS)[:, None], _pick(col, m, MAPS)[:, None], r[None, :], c[None, :], size)
-    return first + (m - HAS_LIDAR) * rows * cols + r * cols + c, exists, inside & (_pick(visible, m, MAPS) != 0)[:, None] & exists[None, :]
+    inside = inside & (_pick(visible, m, MAPS) != 0)[:, None] & exists[None, :]
+    return first + (m - HAS_LIDAR) * rows * cols + r * cols + c, exists, inside
 
-# %% ../../nbs/14a_window_forward.ipynb #ff647a94
+# %% ../../nbs/14a_window_forward.ipynb #885c0cc9
 @triton.jit
 def _dot(a, b, c):
     """a b + c in fp32."""
@@ -106,7 +107,7 @@ def _rows(pointer, index, stride, D: tl.constexpr):
 
 @triton.jit
 def _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D: tl.constexpr):
-    """One tile of the online softmax: running maximum m (base 2), sum l and weighted sum of values."""
+    """One tile of the online softmax: running maximum m of q·k, sum l and weighted sum of values."""
     ks = tl.load(_rows(k, index, k_n, D), mask=exists[:, None], other=0.0)
     vs = tl.load(_rows(v, index, v_n, D), mask=exists[:, None], other=0.0)
     s = tl.where(inside, _dot(qs, tl.trans(ks), None), -float('inf'))
@@ -117,12 +118,12 @@ def _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D: tl.co
     shrink = tl.exp2((m - finite) * unit)
     return new, l * shrink + tl.sum(p, 1), _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
 
-# %% ../../nbs/14a_window_forward.ipynb #ef2a040a
+# %% ../../nbs/14a_window_forward.ipynb #8502c840
 @triton.jit(do_not_specialize=_NUMBERS)
 def _forward_kernel(q, k, v, out, stats, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
                     heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera, unit,
-                    HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr,
-                    D: tl.constexpr, BLOCK_Q: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
+                    HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
     blocks = tl.cdiv(num_queries, BLOCK_Q)
     pid = tl.program_id(0)
     block, h, b = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -134,22 +135,24 @@ def _forward_kernel(q, k, v, out, stats, lists, cells, seen, q_b, q_h, q_n, k_b,
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     if HAS_LIDAR:
         row_l, col_l, visible_l = _pick(row, 0, MAPS), _pick(col, 0, MAPS), _pick(visible, 0, MAPS)
-        for step in range(tl.max(visible_l) * (tl.cdiv(size_lidar * size_lidar, KEYS))):
+        for step in range(tl.max(visible_l) * tl.cdiv(size_lidar * size_lidar, KEYS)):
             index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS, BLOCK_Q)
             m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D)
     if HAS_CAMERA:
-        row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
+        row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS,
+                                                  TILE_ROWS, TILE_COLS)
         for t in range(tl.sum(tiles, 0)):
             index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera, cols_camera,
                                                rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS, TILE_ROWS, TILE_COLS)
             m, l, acc = _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D)
     inverse = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
-    tl.store(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), (acc * inverse[:, None]).to(out.dtype.element_ty), mask=ok[:, None])
+    acc *= inverse[:, None]
+    tl.store(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), acc.to(out.dtype.element_ty), mask=ok[:, None])
     stats += (b.to(tl.int64) * heads + h) * 2 * num_queries + query
     tl.store(stats, tl.where(l == 0, 0.0, m), mask=ok)
     tl.store(stats + num_queries, inverse, mask=ok)
 
-# %% ../../nbs/14a_window_forward.ipynb #b2c9aa5d
+# %% ../../nbs/14a_window_forward.ipynb #4a094335
 def _like_heads(t):
     """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
     batch, heads, rows, dim = t.shape
@@ -161,13 +164,20 @@ def _readable(*tensors):
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
+def _limit(q, registers):
+    """Launch option that caps the registers per thread, so that more programs run at once; where it would spill, none."""
+    small = q.element_size() == 2 and q.shape[3] <= 64
+    return dict(maxnreg=registers) if small and q.is_cuda and not _INTERPRETED.value else {}
+
+
 def _query_options(plan, q):
     maps, dim = (plan[0] > 0) + plan[2], q.shape[3]
     # rows of more than 256 bytes fill the shared memory of smaller GPUs in three stages
     stages = min(TUNING['query_stages'], 2) if dim * q.element_size() > 256 else TUNING['query_stages']
-    return dict(HAS_LIDAR=int(plan[0] > 0), HAS_CAMERA=int(plan[2] > 0),
-                MAPS=triton.next_power_of_2(max(maps, 8)), D=dim, BLOCK_Q=TUNING['block_queries'], KEYS=TUNING['gather_keys'],
-                TILE_ROWS=TUNING['tile_rows'], TILE_COLS=TUNING['tile_cols'], num_warps=TUNING['query_warps'], num_stages=stages)
+    return dict(HAS_LIDAR=int(plan[0] > 0), HAS_CAMERA=int(plan[2] > 0), MAPS=triton.next_power_of_2(max(maps, 8)), D=dim,
+                BLOCK_Q=TUNING['block_queries'], KEYS=TUNING['gather_keys'], TILE_ROWS=TUNING['tile_rows'],
+                TILE_COLS=TUNING['tile_cols'], num_warps=TUNING['query_warps'], num_stages=stages,
+                **_limit(q, TUNING['query_registers']))
 
 
 def forward_buffers(q, plan):
@@ -190,8 +200,8 @@ def window_forward(q, k, v, cells, seen, plan):
         plan: rows and cols of the BEV map, views, rows and cols of the camera maps, window sizes of LiDAR and cameras; 0 without.
 
     Returns:
-        out [B, H, Q, D]; stats [B, H, 2, Q] fp32, largest q·k of each query and 1 / sum of exp(scores - largest), 0 for an empty window;
-        and the lists and starts of `sort_queries`.
+        out [B, H, Q, D]; stats [B, H, 2, Q] fp32, the largest q·k of each query and 1 / sum of exp(scores - largest), both 0
+        for an empty window; and the lists and starts of `sort_queries`.
     """
     q, k, v = _readable(q, k, v)
     cells, seen = cells.contiguous(), seen.contiguous().view(torch.uint8)

@@ -12,21 +12,23 @@ import torch
 import triton
 import triton.language as tl
 
-# %% ../../nbs/14_window_order.ipynb #b7cffbe6
+# %% ../../nbs/14_window_order.ipynb #385a2fd6
 # What to sweep on another GPU. The sides of matrix products must be 16 at least: block_queries, block_queries * gather_keys,
-# tile_rows * tile_cols, strip_rows * key_cols, key_queries. All are powers of two but the stages.
+# tile_rows * tile_cols, strip_rows * key_cols, key_queries. All are powers of two but stages and registers.
 TUNING = dict(
     sort_block=32, sort_others=256, sort_warps=4,   # queries that a program ranks, and with how many it compares them at a time
-    strip_rows=8, key_cols=8, key_queries=16, key_warps=4, key_stages=2,  # keys of a gradient tile, queries it treats at a time
     block_queries=16, tile_rows=8, tile_cols=8,     # neighbouring queries of one program, and the camera tiles that they share
-    gather_keys=4, query_warps=4, query_stages=3)   # LiDAR keys that each of them adds to a tile
+    gather_keys=4,                                  # LiDAR keys that each of them adds to a tile
+    query_warps=4, query_stages=3, query_registers=128,
+    strip_rows=8, key_cols=8, key_queries=16,       # keys whose gradients one program computes, and queries it treats at a time
+    key_warps=4, key_stages=2, key_registers=168)
 LOG2E = 1.4426950408889634
 
 _FAR = tl.constexpr(1 << 29)
 _LAST = tl.constexpr((1 << 31) - 1)
 # numbers whose value should not lead to another compilation; divisible strides should
-_NUMBERS = ['heads', 'num_queries', 'num_maps', 'rows_lidar', 'cols_lidar', 'rows_camera', 'cols_camera', 'size_lidar', 'size_camera',
-            'table_lidar', 'table_camera', 'table', 'programs']
+_NUMBERS = ['heads', 'num_queries', 'num_maps', 'rows_lidar', 'cols_lidar', 'rows_camera', 'cols_camera', 'size_lidar',
+            'size_camera', 'table_lidar', 'table_camera', 'table', 'programs']
 _INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
 # %% ../../nbs/14_window_order.ipynb #447a8863
@@ -42,7 +44,7 @@ def _tables(plan):
     camera = triton.cdiv(rows_camera, TUNING['strip_rows']) * cols_camera + 1 if views else 0
     return lidar, camera, lidar + views * camera
 
-# %% ../../nbs/14_window_order.ipynb #ec497c0a
+# %% ../../nbs/14_window_order.ipynb #067912b0
 @triton.jit
 def _load_centres(cells, seen, at, mask):
     """Window centres (row, col) as int32, and whether the window exists."""
@@ -78,9 +80,9 @@ def _sort_keys(cells, seen, first, query, num_queries, slot, num_maps, rows, col
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def _sort_kernel(cells, seen, lists, starts, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera,
-                 table_lidar, table_camera, table, programs, HAS_LIDAR: tl.constexpr, STRIP: tl.constexpr, MAPS: tl.constexpr,
-                 BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+def _sort_kernel(cells, seen, lists, starts, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar,
+                 size_camera, table_lidar, table_camera, table, programs, HAS_LIDAR: tl.constexpr, STRIP: tl.constexpr,
+                 MAPS: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     chunks = tl.cdiv(num_queries, BLOCK)
     b, chunk, slot = tl.program_id(0) // programs, tl.program_id(0) % programs, tl.program_id(1)
     first = b.to(tl.int64) * num_queries
@@ -121,8 +123,10 @@ def sort_queries(cells, seen, lists, starts, plan):
     batch, queries, maps = seen.shape
     tables, block = _tables(plan), TUNING['sort_block']
     if (max(tables[:2]) + maps * max(plan[1], plan[4])) * queries >= 2**31 - 2 * queries:
-        raise ValueError(f'{queries} queries on maps of {plan[0]} x {plan[1]} and {plan[3]} x {plan[4]} cells: too many to sort in 32 bits')
+        raise ValueError(f'{queries} queries on maps of {plan[0]} x {plan[1]} and {plan[3]} x {plan[4]} cells are too many '
+                         'to sort in 32 bits: split the queries')
     programs = triton.cdiv(queries, block) + triton.cdiv(max(tables[:2]), block)
     _sort_kernel[(programs * batch, maps + 1)](
-        cells, seen, lists, starts, queries, *_maps(plan), *tables, programs, HAS_LIDAR=int(plan[0] > 0), STRIP=TUNING['strip_rows'],
-        MAPS=triton.next_power_of_2(max(maps, 8)), BLOCK=block, OTHERS=TUNING['sort_others'], num_warps=TUNING['sort_warps'])
+        cells, seen, lists, starts, queries, *_maps(plan), *tables, programs, HAS_LIDAR=int(plan[0] > 0),
+        STRIP=TUNING['strip_rows'], MAPS=triton.next_power_of_2(max(maps, 8)), BLOCK=block, OTHERS=TUNING['sort_others'],
+        num_warps=TUNING['sort_warps'])
