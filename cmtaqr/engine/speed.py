@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FULL', 'difference', 'profile', 'measure', 'main', 'plot_speed']
 
-# %% ../../nbs/58_speed.ipynb #0ad4dbc6
+# %% ../../nbs/58_speed.ipynb #f6c92d8c
 import argparse
 import inspect
 import sys
@@ -14,11 +14,9 @@ import time
 import numpy as np
 import torch
 
-from ..detector.sparse import sparse_backend
-
-# isort: split
 from ..detector.inference import GRAPHS, PARTS, accelerate, refused_graphs
 from ..detector.precision import autocast
+from ..detector.sparse import sparse_backend
 from .configure import load_config, resolve_device
 from .parameters import ParameterError
 from .progress import Progress
