@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .geometry import Windows, _window_pair
 
-# %% ../nbs/02_bias.ipynb #6f8bc2ff
+# %% ../nbs/02_bias.ipynb #85b958e5
 @dataclass(frozen=True)
 class LocalBias:
     """Additive attention bias, the same for all heads, held as two values per query and a window per map.
@@ -24,6 +24,7 @@ class LocalBias:
         value: [B, Q, 2] bias inside the windows (LiDAR, camera), at least fp32; gradients flow into it.
         sigma: (camera, lidar) widths of a Gaussian window, cells; None for a constant one.
         is_global: the bias acts on every key of the modality.
+        plan: what `attention.planned` found out about the windows, for several calls with the same ones.
 
     Raises:
         ValueError: `value` does not match the windows.
@@ -32,6 +33,7 @@ class LocalBias:
     value: Tensor
     sigma: tuple | None = None
     is_global: bool = False
+    plan: tuple | None = None
 
     def __post_init__(self):
         batch, queries = self.windows.seen.shape[:2]
