@@ -66,7 +66,7 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #feafacb6
+# %% ../../nbs/58_speed.ipynb #8b10fef5
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
@@ -95,10 +95,11 @@ def profile(model, frames, rows=15):
 
 @torch.no_grad()
 def _prepare(cfg, frames, device, options, state, warmup):
-    """An accelerated model, its weights for the next one, and its memory in MiB."""
+    """An accelerated model, its weights for the next one, and facts: its memory in MiB (what graphs keep counts as reserved alone)."""
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     original = speed_model(cfg, frames[0], device, state)
-    state = {k: v.clone() for k, v in original.state_dict().items()} if state is None else state
+    if state is None:
+        state = {k: v.cpu().clone() for k, v in original.state_dict().items()}
     model = accelerate(original, **options)
     apart = None
     if options != SETTINGS["plain"]:
