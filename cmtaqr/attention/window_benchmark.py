@@ -232,7 +232,7 @@ def main(arguments=None):
         return 1
     return 0
 
-# %% ../../nbs/14d_window_benchmark.ipynb #06df4a50
+# %% ../../nbs/14d_window_benchmark.ipynb #4de69f39
 #| eval: false
-if __name__ == '__main__':
+if __name__ == '__main__' and '__file__' in globals():
     sys.exit(main())
