@@ -66,7 +66,7 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #8b10fef5
+# %% ../../nbs/58_speed.ipynb #a9fc8d17
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
@@ -95,7 +95,7 @@ def profile(model, frames, rows=15):
 
 @torch.no_grad()
 def _prepare(cfg, frames, device, options, state, warmup):
-    """An accelerated model, its weights for the next one, and facts: its memory in MiB (what graphs keep counts as reserved alone)."""
+    """An accelerated model, its weights for the next one, and facts: memory in MiB (that of graphs is only in `reserved`)."""
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     original = speed_model(cfg, frames[0], device, state)
     if state is None:
@@ -180,7 +180,8 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
     return dict(parameters=asked, settings={name: {**_defaults(), **options} for name, options in chosen.items()},
                 sparse_backend=f"{sparse_backend()} {sys.modules['spconv'].__version__}",
                 tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32),
-                models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(), commit=git_commit(), machine=machine(), command=command())
+                models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(), commit=git_commit(), machine=machine(),
+                command=command())
 
 
 def _frame_times(models, frames, device):
@@ -211,7 +212,7 @@ def _stage_times(model, data, frames):
     model.image_stream = stream
     return {stage: _spread(values) for stage, values in spent.items()}
 
-# %% ../../nbs/58_speed.ipynb #915ac434
+# %% ../../nbs/58_speed.ipynb #ca1e9441
 FULL = ["cmt_voxel0100_r50_800x320_cbgs", "cmt_aqr_voxel0100_r50_800x320_cbgs",
         "cmt_voxel0075_vov_1600x640_cbgs", "cmt_aqr_voxel0075_vov_1600x640_cbgs"]
 
@@ -224,11 +225,12 @@ def main(arguments=None):
     parser.add_argument("--configs", nargs="+", default=FULL, help="names or paths of configs; CMT before its AQR")
     parser.add_argument("--settings", nargs="+", default=["plain", "fast"], choices=list(SETTINGS), help="see notebook 58")
     for name, default, text in (("frames", 100, "frames per model"), ("warmup", 20, "frames before"),
-                                ("scenes", 4, "distinct frames"), ("turns", 10, "LiDAR turns per frame"), ("profiled", 5, "frames under the profiler")):
+                                ("scenes", 4, "distinct frames"), ("turns", 10, "LiDAR turns per frame"),
+                                ("profiled", 5, "frames under the profiler")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", nargs="*", default=[], choices=list(PARTS), help="parts for torch.compile, but in plain")
-    parser.add_argument("--graphs", nargs="*", choices=list(GRAPHS), help="parts replayed as CUDA graphs, but in plain; default all")
+    parser.add_argument("--graphs", nargs="*", choices=list(GRAPHS), help="parts replayed as CUDA graphs; default all")
     parser.add_argument("--out", required=True, help="JSON file to write")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
