@@ -1,4 +1,4 @@
-"""Batches that do not fit, one by one: defined, or refused with a message; the detector is the small one of the synthetic world."""
+"""Batches that do not fit, one by one: defined, or refused with a message, by the small detector of the synthetic world."""
 import copy
 
 import numpy as np
@@ -71,7 +71,8 @@ def test_a_sample_with_fewer_cameras_than_its_neighbour(tiny):
     inputs, samples = batch()
     samples[1].set_metainfo(dict(lidar2img=samples[1].lidar2img[:5], token="f2"))
     both(tiny, inputs, samples, "sample f2 has 6 images and 5 matrices")
-    raw = dict(inputs=dict(points=inputs["points"], img=[torch.zeros(6, 3, 128, 320), torch.zeros(5, 3, 128, 320)]), data_samples=samples)
+    images = [torch.zeros(views, 3, 128, 320) for views in (6, 5)]
+    raw = dict(inputs=dict(points=inputs["points"], img=images), data_samples=samples)
     with pytest.raises(ValueError, match="have 6, 5 images"):
         tiny.test_step(raw)
 
@@ -100,7 +101,8 @@ def test_images_of_unequal_size_within_a_batch_are_padded(tiny):
     torch.manual_seed(0)
     large, small = (torch.randint(0, 255, (6, 3, *size)).float() for size in ((128, 320), (64, 256)))
     clouds = [cloud(2000), cloud(1500, 1)]
-    data = tiny.data_preprocessor(dict(inputs=dict(points=clouds, img=[large, small]), data_samples=copy.deepcopy(samples)), False)
+    data = tiny.data_preprocessor(dict(inputs=dict(points=clouds, img=[large, small]), data_samples=copy.deepcopy(samples)),
+                                  False)
     padded = data["inputs"]["imgs"][1]
     assert padded.shape == (6, 3, 128, 320) and not padded[..., 64:, :].any() and not padded[..., 256:].any()
     finite_step(tiny.train(), data["inputs"], data["data_samples"])
@@ -109,16 +111,18 @@ def test_images_of_unequal_size_within_a_batch_are_padded(tiny):
         together = tiny.test_step(dict(inputs=dict(points=clouds, img=[large, small]), data_samples=copy.deepcopy(samples)))
         alone = tiny.test_step(dict(inputs=dict(points=clouds[:1], img=[large]), data_samples=copy.deepcopy(samples[:1])))
     finite([s.pred_instances_3d for s in together])
-    torch.testing.assert_close(together[0].pred_instances_3d.scores_3d, alone[0].pred_instances_3d.scores_3d, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[0].pred_instances_3d.scores_3d, alone[0].pred_instances_3d.scores_3d, atol=1e-5,
+                               rtol=1e-4)
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda m: None, "sample f7: no lidar2img.*calibration is missing"),
     (lambda m: m[:, :3], r"must be \[views, 4, 4\]"),
     (lambda m: m * np.array([1.0, 0, 1, 1])[:, None], "sample f7: lidar2img of camera A has no inverse"),
-    (lambda m: np.concatenate([m[:, :2], m[:, 1:2] * (1 + 1e-16), m[:, 3:]], 1), "sample f7: lidar2img of camera A has no inverse"),
+    (lambda m: np.concatenate([m[:, :2], m[:, 1:2] / 3 * 3, m[:, 3:]], 1), "sample f7: lidar2img of camera A has no inverse"),
     (lambda m: np.where(np.arange(6)[:, None, None] == 2, np.nan, m), "sample f7: lidar2img of camera C contains NaN"),
-    (lambda m: np.where(np.arange(6)[:, None, None] == 5, np.inf, m), "sample f7: lidar2img of camera F contains NaN or infinity"),
+    (lambda m: np.where(np.arange(6)[:, None, None] == 5, np.inf, m),
+     "sample f7: lidar2img of camera F contains NaN or infinity"),
 ], ids=["missing", "3 rows", "zero row", "equal rows", "NaN", "infinity"])
 def test_broken_calibration(tiny, change, message):
     inputs, samples = batch()

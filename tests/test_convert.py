@@ -35,7 +35,8 @@ def released_file(shared, name, folder):
     return folder / f"{name}.pth"
 
 
-@pytest.mark.parametrize("name, config", [("r50", R50), ("vov", "cmt_voxel0075_vov_1600x640_cbgs"), ("lidar_only", "cmt_lidar_voxel0075_cbgs"),
+@pytest.mark.parametrize("name, config", [("r50", R50), ("vov", "cmt_voxel0075_vov_1600x640_cbgs"),
+                                          ("lidar_only", "cmt_lidar_voxel0075_cbgs"),
                                           ("camera_only", "cmt_camera_vov_1600x640_cbgs")])
 def test_released_checkpoints_are_recognised(shared, tmp_path, name, config):
     file = released_file(shared, name, tmp_path)
@@ -139,7 +140,8 @@ def test_mome_checkpoint(shared, tmp_path):
     report, usable = inspect_checkpoint(file, every_key=True)
     assert usable and all(key in report for key in extra) and report.count("left over: MoME's") == 5
     table = module_table(fit(read_checkpoint(file), R50_AQR))
-    assert table["pts_bbox_head.transformer.encoder"] == [0, 0, 12, 0] and table["pts_bbox_head.transformer.decoder"] == [110, 0, 0, 0]
+    assert table["pts_bbox_head.transformer.encoder"] == [0, 0, 12, 0]
+    assert table["pts_bbox_head.transformer.decoder"] == [110, 0, 0, 0]
     convert_checkpoint(file, tmp_path / "fresh.pth", R50_AQR)
     convert_checkpoint(file, tmp_path / "mome.pth", R50_AQR, router_from_mome=True)
     fresh, taken = (read_checkpoint(tmp_path / f"{name}.pth").state for name in ("fresh", "mome"))
@@ -223,7 +225,8 @@ def test_command_line(tiny, capsys):
         main(["--help"])
     assert {"inspect", "convert"} <= set(capsys.readouterr().out.split())
     call = [sys.executable, "-m", "cmtaqr.detector.checkpoint"]
-    done = subprocess.run([*call, "inspect", str(tiny / "cmt.pth"), "--config", str(tiny / "cmt.py")], capture_output=True, text=True)
+    call += ["inspect", str(tiny / "cmt.pth"), "--config", str(tiny / "cmt.py")]
+    done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0 and "pts_middle_encoder" in done.stdout and "It fits" in done.stdout, done.stderr
 
 

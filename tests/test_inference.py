@@ -55,8 +55,8 @@ def detector(roots, weights):
 
 
 def runner_of(root, weights, work_dir, **more):
-    params = EvalParameters.check(dict(data_root=str(root), checkpoint=str(weights), work_dir=str(work_dir), device="cpu", num_workers=0,
-                                       batch_size=1, **more))
+    given = dict(data_root=str(root), checkpoint=str(weights), work_dir=str(work_dir), device="cpu", num_workers=0, batch_size=1)
+    params = EvalParameters.check(given | more)
     return build_runner(params, run_config(params))
 
 
@@ -74,7 +74,7 @@ def test_either_split_of_either_version(roots, weights, tmp_path, version, split
     for token in tokens:
         assert len(mine[token]) == len(submitted[token])
         for a, b in zip(mine[token], submitted[token]):
-            assert {k: a[k] for k in ("detection_name", "attribute_name")} == {k: b[k] for k in ("detection_name", "attribute_name")}
+            assert all(a[key] == b[key] for key in ("detection_name", "attribute_name"))
             for key in ("translation", "size", "rotation", "velocity", "detection_score"):
                 np.testing.assert_allclose(a[key], b[key], atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_broken_file_of_a_frame_is_named(roots, weights, tmp_path):
 
 
 def test_images_of_unequal_size(detector, roots):
-    """Each view is brought to the network's size with its own matrix: a view stored at twice the size gives nearly the same boxes."""
+    """Each view is brought to the network's size with its own matrix, also one that is stored at twice the size."""
     import cv2
     info, _ = find_info(sample_tokens(roots / "v1.0-mini")[0], roots / "v1.0-mini")
     loaded = detector.load(info)
@@ -217,14 +217,16 @@ def test_command_line(roots, weights, tmp_path, capsys):
     assert capsys.readouterr().out.split() == sample_tokens(root, "all")
     assert main([*command, "--split", "all", "--figures", "1"]) == 0
     submission = json.loads((tmp_path / "out" / "results_nusc.json").read_text())
-    assert list(submission["results"]) == sample_tokens(root, "all") and submission["meta"]["use_lidar"] and not submission["meta"]["use_map"]
+    assert list(submission["results"]) == sample_tokens(root, "all")
+    assert submission["meta"]["use_lidar"] and not submission["meta"]["use_map"]
     assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 3
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "frames").iterdir()}
     last = max(parts)
     last.unlink()
     assert main([*command, "--split", "all"]) == 0
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "frames").iterdir()}
-    assert [path for path in parts if after[path] != parts[path]] == [last], "a resumed run makes what is missing and nothing else"
+    changed = [path for path in parts if after[path] != parts[path]]
+    assert changed == [last], "a resumed run makes what is missing and nothing else"
     capsys.readouterr()
     assert main([*command, "--score-threshold", "0.2"]) == 1 and "--force" in capsys.readouterr().err
     assert main([*command, "--score-threshold", "0.2", "--force"]) == 0
@@ -240,11 +242,13 @@ def test_the_single_real_frame(shared, weights):
     if not files:
         pytest.skip("the real frame is not there")
     found = cmtaqr.detect(files[0], weights, device="cpu")
-    assert len(found.boxes) > 0 and np.isfinite(found.boxes).all() and len(found.frame.images) == 6 and len(found.frame.points) > 10000
+    assert len(found.boxes) > 0 and np.isfinite(found.boxes).all()
+    assert len(found.frame.images) == 6 and len(found.frame.points) > 10000
 
 
 def test_importing_the_package_loads_torch_at_most():
-    code = "import sys, cmtaqr; print([m for m in ('mmengine', 'mmdet3d', 'matplotlib', 'nuscenes') if m in sys.modules], cmtaqr.__version__)"
+    heavy = ("mmengine", "mmdet3d", "matplotlib", "nuscenes")
+    code = f"import sys, cmtaqr; print([m for m in {heavy} if m in sys.modules], cmtaqr.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == f"[] {cmtaqr.__version__}", done.stderr
     with pytest.raises(AttributeError, match="no attribute 'dettect'"):

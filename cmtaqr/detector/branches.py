@@ -130,7 +130,7 @@ def ground_truth(samples, device, num_classes=None):
         boxes, labels = ([x[k] for x, k in zip(part, known)] for part in (boxes, labels))
     return boxes, labels
 
-# %% ../../nbs/35a_branches.ipynb #6cc3781f
+# %% ../../nbs/35a_branches.ipynb #bfbc0cd7
 def image_size(metas):
     """(height, width) of the padded network input; the same for the whole batch."""
     shape = metas[0].get("batch_input_shape", metas[0].get("pad_shape"))
@@ -166,7 +166,8 @@ def stack_lidar2img(metas):
         if bad.any():
             b, view = np.argwhere(bad)[0]
             camera = dict(enumerate(metas[b].get("cameras") or ())).get(view, view)
-            raise ValueError(f"{names[b]}: lidar2img of camera {camera} {what}: check its intrinsics, its pose and the augmentation")
+            raise ValueError(
+                f"{names[b]}: lidar2img of camera {camera} {what}: check its intrinsics, its pose and the augmentation")
     return torch.from_numpy(matrices)
 
 

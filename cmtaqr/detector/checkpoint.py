@@ -36,7 +36,7 @@ def safe_globals():
                 for name in ("_reconstruct", "scalar")]
     return torch.serialization.safe_globals(allowed + [type(np.dtype(t)) for t in ("f8", "f4", "i8", "i4", "?")])
 
-# %% ../../nbs/38_checkpoint.ipynb #066ea171
+# %% ../../nbs/38_checkpoint.ipynb #f9c3f62e
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights of a file, and what else it says.
@@ -87,10 +87,14 @@ def read_checkpoint(file):
     key = next((name for name in ("state_dict", "model") if isinstance(content.get(name), dict)), None)
     state = content[key] if key else content
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint {file} holds no weights: expected a dictionary of tensors, bare, under 'state_dict' or 'model'")
+        raise ValueError(
+            f"checkpoint {file} holds no weights: expected a dictionary of tensors, bare, under 'state_dict' or 'model'")
     parallel = all(name.startswith("module.") for name in state)
     prefix = "module." if parallel else ""
-    versions = {name.removeprefix(prefix): entry["version"] for name, entry in getattr(state, "_metadata", {}).items() if "version" in entry}
+    versions = {
+        name.removeprefix(prefix): entry["version"] for name, entry in getattr(state, "_metadata", {}).items()
+        if "version" in entry
+    }
     meta = content.get("meta") if key and isinstance(content.get("meta"), dict) else {}
     wrapping = (f"under {key!r}" if key else "a bare state dict") + (", names begin with 'module.'" if parallel else "")
     return Checkpoint(Path(file), {name.removeprefix(prefix): value for name, value in state.items()}, versions, meta, wrapping)
@@ -100,8 +104,9 @@ def read_state_dict(file):
     """Tensors of a checkpoint by name, see `read_checkpoint`."""
     return read_checkpoint(file).state
 
-# %% ../../nbs/38_checkpoint.ipynb #38800c9b
-LAYOUTS = {"spconv2": (0, 1, 2, 3, 4), "spconv1": (4, 0, 1, 2, 3), "native": (3, 0, 1, 2, 4)}  # axes that lead to (out, z, y, x, in)
+# %% ../../nbs/38_checkpoint.ipynb #d47ae72e
+# axes that lead to (out, z, y, x, in)
+LAYOUTS = {"spconv2": (0, 1, 2, 3, 4), "spconv1": (4, 0, 1, 2, 3), "native": (3, 0, 1, 2, 4)}
 LAYOUT_NAMES = {"spconv2": "(out, z, y, x, in) of spconv 2.x", "spconv1": "(z, y, x, in, out) of spconv 1.x and mmcv",
                 "native": "(z, y, x, out, in) of spconv 2.x, native algorithm"}
 
@@ -146,7 +151,8 @@ def file_layout(state, own, versions=None, layout=None):
         raise UnknownLayout("its sparse weights have several layouts: " + "; ".join(
             f"{key} {tuple(state[key].shape)} is {' or '.join(names)}" for key, names in list(allowed.items())[:3]))
     if layout is not None and layout not in common:
-        raise UnknownLayout(f"its sparse weights cannot be {layout} {LAYOUT_NAMES[layout]}; their shapes say {' or '.join(common)}")
+        raise UnknownLayout(
+            f"its sparse weights cannot be {layout} {LAYOUT_NAMES[layout]}; their shapes say {' or '.join(common)}")
     written_by_2 = all((versions or {}).get(key.rpartition(".")[0]) == 2 for key in allowed)
     if len(common) > 1 and layout is None and not (written_by_2 and "spconv2" in common):
         raise UnknownLayout(f"all {len(allowed)} of its sparse weights can be {' or '.join(common)}, and no metadata decide: "
@@ -168,7 +174,7 @@ def sorted_out(checkpoint, own, layout=None):
         raise UnknownLayout(f"checkpoint {checkpoint.file}: {error}") from error
     return in_our_layout(checkpoint.state, own, layout), layout
 
-# %% ../../nbs/38_checkpoint.ipynb #56af7cea
+# %% ../../nbs/38_checkpoint.ipynb #0bcf0e37
 class CheckpointMismatch(ValueError):
     """Weights of another model.
 
@@ -184,8 +190,9 @@ class CheckpointMismatch(ValueError):
                  ("of another shape", [f"{key} {tuple(found)} instead of {tuple(want)}" for key, found, want in shapes]))
         parts = [f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for what, keys in lists if keys]
         hint = " The file has AQR weights and the model has no AQR." if unexpected and all(map(is_aqr, unexpected)) else ""
-        super().__init__(f"checkpoint {file} does not fit this model ({'; '.join(parts)}).{hint} Use the config that it was trained "
-                         f"with, or ask `python -m cmtaqr.detector.checkpoint inspect {file}`.")
+        super().__init__(
+            f"checkpoint {file} does not fit this model ({'; '.join(parts)}).{hint} Use the config that it was trained "
+            f"with, or ask `python -m cmtaqr.detector.checkpoint inspect {file}`.")
 
 
 def is_aqr(key):
@@ -229,13 +236,14 @@ def load_checkpoint(model, file, layout=None):
     model.load_state_dict(complete)
     return fresh
 
-# %% ../../nbs/38_checkpoint.ipynb #a1fad58f
+# %% ../../nbs/38_checkpoint.ipynb #d06c5c71
 def main(arguments=None):
     """Command line `python -m cmtaqr.detector.checkpoint inspect|convert FILE`; returns the exit status."""
     from cmtaqr.detector.convert import convert_checkpoint, inspect_checkpoint
 
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.detector.checkpoint", description="Look into a checkpoint of CMT, of MoME or "
-                                     "of this package without running code from it, and start AQR from it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cmtaqr.detector.checkpoint", description="Look into a checkpoint of CMT, of MoME or "
+        "of this package without running code from it, and start AQR from it.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say per module what fits, is missing, is left over or has another shape; "
                                   "the exit status is 0 if the file can be loaded or converted")

@@ -8,7 +8,7 @@ __all__ = ['check_images', 'check_inputs']
 # %% ../../nbs/35d_inputs.ipynb #b413b74a
 import torch
 
-# %% ../../nbs/35d_inputs.ipynb #75a2c52c
+# %% ../../nbs/35d_inputs.ipynb #1eacc178
 def check_images(module, args):
     """Forward pre-hook of a data preprocessor: every sample's views have one size, and all samples as many views.
 
@@ -26,14 +26,15 @@ def check_images(module, args):
     for index, views in enumerate(images):
         sizes = [] if isinstance(views, torch.Tensor) else [tuple(view.shape) for view in views]
         if len(set(sizes)) > 1:
-            raise ValueError(f"the images of sample {index} differ in size ({', '.join(map(str, sizes))}): bring them to one with "
-                             "ResizeCropFlipImage, which changes their matrices too")
+            raise ValueError(
+                f"the images of sample {index} differ in size ({', '.join(map(str, sizes))}): bring them to one with "
+                "ResizeCropFlipImage, which changes their matrices too")
     counts = [len(views) for views in images if not isinstance(views, torch.Tensor) or views.dim() == 4]
     if len(set(counts)) > 1:
         raise ValueError(f"the samples of the batch have {', '.join(map(str, counts))} images: all need the same cameras, "
                          "choose them with LoadCameraImages(cameras=[...])")
 
-# %% ../../nbs/35d_inputs.ipynb #518b6132
+# %% ../../nbs/35d_inputs.ipynb #01867750
 def check_inputs(points, imgs, metas, columns=None):
     """Refuse a batch whose parts do not agree.
 
@@ -58,5 +59,6 @@ def check_inputs(points, imgs, metas, columns=None):
     for index, meta in enumerate(metas if imgs is not None else ()):
         matrices = meta.get("lidar2img")
         if matrices is not None and len(matrices) != imgs.shape[1]:
-            raise ValueError(f"sample {meta.get('token', index)} has {imgs.shape[1]} images and {len(matrices)} matrices lidar2img: "
-                             "give each image its own, in the same order")
+            raise ValueError(
+                f"sample {meta.get('token', index)} has {imgs.shape[1]} images and {len(matrices)} matrices lidar2img: "
+                "give each image its own, in the same order")

@@ -51,7 +51,7 @@ def config_of(checkpoint, config=None):
                          f"`python -m cmtaqr.detector.checkpoint inspect {checkpoint}` says what it holds")
     return load_config(fitting[0]), f"{fitting[0]}, which its weights fit"
 
-# %% ../../nbs/56a_lookup.ipynb #5ec6ba4a
+# %% ../../nbs/56a_lookup.ipynb #4d45c23a
 @lru_cache(maxsize=4)
 def _infos(file, stamp):
     """Frames of an info file by token; `stamp` is its time of change, so that a new file is read anew."""
@@ -69,7 +69,8 @@ def _tables(root):
     from nuscenes import NuScenes
     versions = [name for name in SPLITS if Path(root, name).is_dir()]
     if not versions:
-        raise FileNotFoundError(f"{root} has neither info files nor a folder {' or '.join(SPLITS)}: give the root of a nuScenes data set")
+        raise FileNotFoundError(
+            f"{root} has neither info files nor a folder {' or '.join(SPLITS)}: give the root of a nuScenes data set")
     return [NuScenes(version, str(root), verbose=False) for version in versions]
 
 
@@ -87,7 +88,8 @@ def find_info(token, root):
     for tables in _tables(str(root)):
         if token in tables._token2ind["sample"]:
             return dict(frame_info(tables, tables.get("sample", token), camera_channels(tables)), sample_idx=0), tables.version
-    raise ValueError(f"no sample {token!r} in {root}: `python -m cmtaqr.engine.inference CHECKPOINT --data-root {root} --list` names them")
+    raise ValueError(
+        f"no sample {token!r} in {root}: `python -m cmtaqr.engine.inference CHECKPOINT --data-root {root} --list` names them")
 
 
 def sample_tokens(root, split="val"):

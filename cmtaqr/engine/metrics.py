@@ -85,7 +85,7 @@ def _curves(details):
         parts.append(curve.assign(**{"class": name, "distance": float(distance)}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/53_metrics.ipynb #27b0e60f
+# %% ../../nbs/53_metrics.ipynb #9dafcc53
 @METRICS.register_module(force=True)
 class SplitMetric(NuScenesMetric):
     """The nuScenes evaluation of either split.
@@ -106,15 +106,16 @@ class SplitMetric(NuScenesMetric):
             ValueError: The version has no ground truth, or is unknown.
         """
         if version not in SPLITS:
-            raise ValueError(f"{self.ann_file} is of version {version!r}, which has no boxes to evaluate with: use {' or '.join(SPLITS)}")
+            raise ValueError(
+                f"{self.ann_file} is of version {version!r}, which has no boxes to evaluate with: use {' or '.join(SPLITS)}")
         return SPLITS[version][self.split == "val"]
 
     def _evaluate_single(self, result_path, classes=None, result_name="pred_instances_3d"):
         """Run the devkit, which writes its files beside the submission."""
         folder = Path(result_path).parent
         tables = NuScenes(self.version, self.data_root, verbose=False)
-        NuScenesEval(tables, self.eval_detection_configs, result_path, self.eval_set(self.version), str(folder), verbose=False).main(
-            render_curves=False)
+        NuScenesEval(tables, self.eval_detection_configs, result_path, self.eval_set(self.version), str(folder),
+                     verbose=False).main(render_curves=False)
         summary = json.loads((folder / "metrics_summary.json").read_text())
         return {f"{result_name}_NuScenes/mAP": summary["mean_ap"], f"{result_name}_NuScenes/NDS": summary["nd_score"]}
 
@@ -135,8 +136,9 @@ def check_frames(runner):
     version = dataset.metainfo["version"]
     METRICS.build(metric).eval_set(version)
     if not Path(metric.data_root, version, "sample.json").is_file():
-        raise FileNotFoundError(f"{metric.ann_file} is of version {version}, whose tables are not in {Path(metric.data_root, version)}: "
-                                f"put them there, or write the info files anew with `python -m cmtaqr.data.nuscenes {metric.data_root}`")
+        raise FileNotFoundError(
+            f"{metric.ann_file} is of version {version}, whose tables are not in {Path(metric.data_root, version)}: "
+            f"put them there, or write the info files anew with `python -m cmtaqr.data.nuscenes {metric.data_root}`")
     return len(dataset)
 
 # %% ../../nbs/53_metrics.ipynb #c10a83d8
