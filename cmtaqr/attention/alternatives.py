@@ -21,7 +21,7 @@ from .window_benchmark import ring_windows
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
-# %% ../../nbs/18_alternatives.ipynb #f2370338
+# %% ../../nbs/18_alternatives.ipynb #1cccb7f0
 HEADS, DIM = 8, 32
 
 
@@ -47,7 +47,7 @@ class Point:
 
 
 SMALL, LARGE = Point(), Point(lidar=(180, 180), camera=(6, 40, 100), window=15)
-_MAPS = [((64, 64), (6, 10, 25)), ((128, 128), (6, 20, 50)), ((180, 180), (6, 40, 100)), ((256, 256), (6, 56, 140)), ((360, 360), (6, 80, 200))]
+_MAPS = [((64, 64), (6, 8, 21)), ((128, 128), (6, 20, 50)), ((180, 180), (6, 40, 100)), ((256, 256), (6, 58, 140)), ((360, 360), (6, 80, 200))]
 POINTS = {
     'shapes': [SMALL, LARGE, replace(LARGE, queries=1792)],
     'one_map': [Point(lidar=(176, 128), camera=None), *(Point(queries=n, lidar=(220, 256), camera=None, window=15) for n in (900, 1792))],

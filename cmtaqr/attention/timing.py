@@ -12,7 +12,7 @@ import time
 
 import torch
 
-# %% ../../nbs/18a_timing.ipynb #23beb2a5
+# %% ../../nbs/18a_timing.ipynb #0e33641c
 QUEUED_BELOW = 5.0
 
 
@@ -69,10 +69,11 @@ def timing(run, device: str, repetitions: int) -> dict:
     before = torch.cuda.memory_allocated()
     run()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    launch = _spread(_cpu_times(run, 20, wait))['median']
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
     result = _spread(_event_times(run, flush, 1, repetitions))
-    if result['median'] < QUEUED_BELOW:
+    short = result['median'] < QUEUED_BELOW
+    launch = _spread(_cpu_times(run, 20 if short else 3, wait))['median']
+    if short:
         each = _spread(_event_times(flush.zero_, flush, 1, 10))['median']
         result['queued'] = _spread(_event_times(run, flush, 2 + math.ceil(2 * launch / each), repetitions))
     return {**result, 'launch_us': round(1e3 * launch, 1), 'peak_mib': round(peak, 2), **first}
