@@ -6,7 +6,7 @@
 __all__ = ['PETRMultiheadAttention', 'PETRMultiheadFlashAttention', 'PETRTransformerDecoderLayer', 'PETRTransformerDecoder',
            'CmtTransformer']
 
-# %% ../../nbs/33_decoder.ipynb #01724213
+# %% ../../nbs/33_decoder.ipynb #89f4d92f
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet3d.registry import MODELS
@@ -14,9 +14,9 @@ from mmengine.model import BaseModule
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention import biased_attention
+from ..attention import biased_attention, planned
 
-# %% ../../nbs/33_decoder.ipynb #4e6a407b
+# %% ../../nbs/33_decoder.ipynb #14237c49
 class _PackedAttention(nn.Module):
     """Projections around `biased_attention`, with the parameter names of torch.nn.MultiheadAttention."""
 
@@ -31,13 +31,14 @@ class _PackedAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query, key, value, attn_mask=None, bias=None, dropout_p=0.0):
+    def forward(self, query, key, value, attn_mask=None, bias=None, dropout_p=0.0, layout=None):
         sources = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in sources)
-        out = biased_attention(q, k, v, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, backend=self.backend)
+        out = biased_attention(q, k, v, bias=bias, attn_mask=attn_mask, dropout_p=dropout_p, backend=self.backend,
+                               layout=layout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/33_decoder.ipynb #b9e081d5
+# %% ../../nbs/33_decoder.ipynb #171f32d0
 @MODELS.register_module(force=True)
 class PETRMultiheadAttention(BaseModule):
     """Multi-head attention with positions, a residual connection and dropout of the probabilities in training.
@@ -61,7 +62,7 @@ class PETRMultiheadAttention(BaseModule):
         self.attn_drop = dropout if self.drops_probabilities else 0.0
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query, key=None, value=None, query_pos=None, key_pos=None, attn_mask=None, bias=None):
+    def forward(self, query, key=None, value=None, query_pos=None, key_pos=None, attn_mask=None, bias=None, layout=None):
         """Attend and add.
 
         Args:
@@ -71,6 +72,7 @@ class PETRMultiheadAttention(BaseModule):
             query_pos, key_pos (Tensor | None): Positions added to query and key; in self-attention key_pos is query_pos.
             attn_mask (Tensor | None): [Q, K] or [B, Q, K] bool, True = may not attend.
             bias (LocalBias | None): Additive bias on the logits.
+            layout (TokenLayout | None): The maps that the keys come from.
 
         Returns:
             Tensor: [B, Q, C], query + dropout(attention).
@@ -80,7 +82,7 @@ class PETRMultiheadAttention(BaseModule):
         value = key if value is None else value
         attended = self.attn(
             query if query_pos is None else query + query_pos, key if key_pos is None else key + key_pos, value,
-            attn_mask=attn_mask, bias=bias, dropout_p=self.attn_drop if self.training else 0.0)
+            attn_mask=attn_mask, bias=bias, dropout_p=self.attn_drop if self.training else 0.0, layout=layout)
         return query + self.dropout(attended)
 
 
@@ -90,7 +92,7 @@ class PETRMultiheadFlashAttention(PETRMultiheadAttention):
 
     drops_probabilities = False
 
-# %% ../../nbs/33_decoder.ipynb #f0bc5e16
+# %% ../../nbs/33_decoder.ipynb #9753f0f4
 @MODELS.register_module(force=True)
 class PETRTransformerDecoderLayer(BaseModule):
     """Post-norm decoder layer: self-attention, cross-attention, FFN, each with residual and layer norm.
@@ -115,7 +117,7 @@ class PETRTransformerDecoderLayer(BaseModule):
         self.ffns = nn.ModuleList([FFN(embed_dims, feedforward_channels, ffn_drop=ffn_dropout)])
         self.norms = nn.ModuleList([nn.LayerNorm(embed_dims) for _ in range(3)])
 
-    def forward(self, x, query_pos, key, value, attn_mask=None, bias=None):
+    def forward(self, x, query_pos, key, value, attn_mask=None, bias=None, layout=None):
         """Run one layer.
 
         Args:
@@ -125,15 +127,16 @@ class PETRTransformerDecoderLayer(BaseModule):
             value (Tensor): [B, K, C] memory.
             attn_mask (Tensor | None): [Q, Q] or [B, Q, Q] bool for self-attention, True = may not attend.
             bias (LocalBias | None): Bias for cross-attention.
+            layout (TokenLayout | None): The maps that the memory comes from.
 
         Returns:
             Tensor: [B, Q, C].
         """
         x = self.norms[0](self.attentions[0](x, query_pos=query_pos, attn_mask=attn_mask))
-        x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias))
+        x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias, layout=layout))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #62de3e73
+# %% ../../nbs/33_decoder.ipynb #ca7b14a9
 @MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
@@ -150,7 +153,7 @@ class PETRTransformerDecoder(BaseModule):
         self.layers = nn.ModuleList([MODELS.build(layer) for _ in range(num_layers)])
         self.post_norm = nn.LayerNorm(layer.get("embed_dims", 256))
 
-    def forward(self, x, query_pos, key, value, attn_mask=None, bias=None):
+    def forward(self, x, query_pos, key, value, attn_mask=None, bias=None, layout=None):
         """Run all layers; arguments as in the layer.
 
         Returns:
@@ -158,7 +161,7 @@ class PETRTransformerDecoder(BaseModule):
         """
         outputs = []
         for layer in self.layers:
-            x = layer(x, query_pos, key, value, attn_mask, bias)
+            x = layer(x, query_pos, key, value, attn_mask, bias, layout)
             outputs.append(self.post_norm(x))
         return torch.stack(outputs)
 
@@ -182,7 +185,7 @@ class CmtTransformer(BaseModule):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, memory, memory_pos, query_pos, attn_mask=None, bias=None):
+    def forward(self, memory, memory_pos, query_pos, attn_mask=None, bias=None, layout=None):
         """Decode queries that start without content.
 
         Args:
@@ -191,6 +194,8 @@ class CmtTransformer(BaseModule):
             query_pos (Tensor): [B, Q, C] position of each query.
             attn_mask (Tensor | None): [Q, Q] or [B, Q, Q] bool for self-attention, True = may not attend.
             bias (LocalBias | None): AQR bias on the cross-attention of every layer.
+            layout (TokenLayout | None): The maps that the memory comes from: with it, a decoder without a bias adds up in the same
+                order as one with a bias.
 
         Returns:
             Tensor: [L, B, Q, C], layer-normalised.

@@ -30,7 +30,7 @@ from ..geometry import TokenLayout, query_windows
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #1c25b86a
+# %% ../../nbs/36_head.ipynb #cc537158
 @MODELS.register_module(force=True)
 class CmtHead(PositionMixin, BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
@@ -175,7 +175,7 @@ class CmtHead(PositionMixin, BaseModule):
             points, windows = self.windows(anchors, layout, matrices, size)
             weights = self.aqr_router(query_pos, memory, memory_pos, windows)
             aqr = dict(weights=weights, bias=self.bias(weights, windows), windows=windows, points=points)
-        decoded = self.transformer(memory, memory_pos, query_pos, dn and dn.mask, aqr and aqr["bias"])
+        decoded = self.transformer(memory, memory_pos, query_pos, dn and dn.mask, aqr and aqr["bias"], layout)
         tasks = self.boxes(decoded, anchors)
         if dn is None:
             return dict(tasks=tasks, dn_tasks=None, dn=None, aqr=aqr)
