@@ -71,7 +71,7 @@ def inputs(point: Point, device: str, dtype: torch.dtype) -> SimpleNamespace:
     needed = dict(q=q, k=k, v=v, value=value, weights=weights)
     return SimpleNamespace(**{name: t.requires_grad_() for name, t in needed.items()}, grad=grad, windows=windows)
 
-# %% ../../nbs/18_alternatives.ipynb #3a1dae59
+# %% ../../nbs/18_alternatives.ipynb #580e859f
 def _flex(x):
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -97,8 +97,8 @@ def _flex_attention(x):
         torch._dynamo.reset()  # the limit on recompilations is for all points together
         mod, attention = _flex(x)
         x.flex = partial(torch.compile(attention, dynamic=False, fullgraph=True) if x.q.is_cuda else attention, score_mod=mod)
-    # on a CPU there is no backward pass, and tensors that ask for one are refused
-    return x.flex(*(t if x.q.is_cuda else t.detach() for t in (x.q, x.k, x.v)))
+    # on a CPU it has no backward pass, and refuses tensors that may ask for one
+    return x.flex(*(t if torch.is_grad_enabled() else t.detach() for t in (x.q, x.k, x.v)))
 
 # %% ../../nbs/18_alternatives.ipynb #3a2593c9
 def _bias(x):
