@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['planned', 'biased_attention']
 
-# %% ../../nbs/16_dispatch.ipynb #d98d28f1
+# %% ../../nbs/16_dispatch.ipynb #2b3a9bc8
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flex import flex_biased_attention
+from .lowrank import _attend, flash_bias, global_bias_factors
 from .reference import _check_bias, _check_heads, _check_mask, attention_reference
 from .window import _TRITON, _obstacle
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
-# %% ../../nbs/16_dispatch.ipynb #8b53f061
+# %% ../../nbs/16_dispatch.ipynb #3ac71993
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     mask, dead = None, None
     if attn_mask is not None:
@@ -59,6 +61,22 @@ def _triton_obstacle(q, k, v, attn_mask, dropout_p):
     return _obstacle(q)
 
 
+def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
+    if attn_mask is not None:
+        raise RuntimeError("backend='flash_attn': the flash-attn package takes no attn_mask and no key_mask")
+    if bias is None:
+        return _attend(q, k, v, q.shape[3] ** -0.5, 'flash_attn', dropout_p)
+    if not bias.is_global:
+        raise RuntimeError("backend='flash_attn': the flash-attn package adds no bias of its own, and only a global one fits into extra "
+                           'channels; a local bias is not of low rank')
+    return flash_bias(q, k, v, *global_bias_factors(bias), backend='flash_attn', split=True, dropout_p=dropout_p)
+
+
+def _low_rank(q, k, v, bias, attn_mask):
+    """Whether a bias goes through PyTorch's kernels in extra channels, instead of through chunks."""
+    return q.is_cuda and bias.is_global and attn_mask is None and q.dtype == k.dtype == v.dtype != torch.float64 and k.shape[2] > 0
+
+
 def _does_nothing(bias):
     """Whether a bias can be left out: on the CPU, where looking at it is cheap, without gradients."""
     wanted = torch.is_grad_enabled() and bias.value.requires_grad
@@ -78,6 +96,9 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
     return replace(bias, plan=plan_bias(bias))
 
 
+_BACKENDS = 'auto', 'triton', 'sdpa', 'flex', 'flash_attn', 'reference'
+
+
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, attn_mask: Tensor | None = None,
                      dropout_p: float = 0.0, backend: str = 'auto', key_mask: Tensor | None = None,
                      layout: TokenLayout | None = None) -> Tensor:
@@ -90,7 +111,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         bias: added to the scores of all heads; None for none.
         attn_mask: bool [Q, K] or [B, Q, K], True where a query may not attend.
         dropout_p: dropout of the attention probabilities.
-        backend: 'auto', 'triton', 'sdpa' or 'reference'.
+        backend: 'auto', 'triton', 'sdpa', 'flex', 'flash_attn' or 'reference'.
         key_mask: bool [B, K], True where a key is ignored by all queries.
         layout: the maps that the keys come from, if no bias says so. It changes no more than the order of summation on a GPU.
 
@@ -99,15 +120,15 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
 
     Raises:
         ValueError: unknown backend; shapes or devices that do not fit.
-        RuntimeError: backend 'triton' cannot do it; the message says why.
+        RuntimeError: the backend asked for cannot do it; the message says why.
     """
-    if backend not in ('auto', 'triton', 'sdpa', 'reference'):
-        raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'sdpa' or 'reference'")
+    if backend not in _BACKENDS:
+        raise ValueError(f'backend={backend!r}: choose one of {", ".join(map(repr, _BACKENDS))}')
     _check_heads(q, k, v)
     _check_places(q, k, v, bias, key_mask, layout)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    obstacle = None if backend in ('sdpa', 'reference') else _triton_obstacle(q, k, v, attn_mask, dropout_p)
+    obstacle = _triton_obstacle(q, k, v, attn_mask, dropout_p) if backend in ('auto', 'triton') else None
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
     if backend == 'triton' or backend == 'auto' and q.is_cuda and not obstacle and (bias is not None or layout is not None):
@@ -115,8 +136,14 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         return fused_attention(q, k, v, bias, key_mask, layout=layout)
     if key_mask is not None:
         attn_mask = key_mask[:, None].expand(-1, q.shape[2], -1) if attn_mask is None else attn_mask | key_mask[:, None]
+    if backend == 'flex':
+        return flex_biased_attention(q, k, v, bias, attn_mask, dropout_p=dropout_p)
+    if backend == 'flash_attn':
+        return _flash_attn(q, k, v, bias, attn_mask, dropout_p)
     if backend == 'auto' and bias is not None and _does_nothing(bias):
         bias = None
+    if backend == 'auto' and bias is not None and _low_rank(q, k, v, bias, attn_mask):
+        return flash_bias(q, k, v, *global_bias_factors(bias), split=True, dropout_p=dropout_p)
     if backend == 'reference' or backend == 'auto' and bias is not None:
         return attention_reference(q, k, v, bias, attn_mask, dropout_p=dropout_p)
     return _sdpa(q, k, v, bias, attn_mask, dropout_p)
