@@ -139,6 +139,7 @@ def test_mome_checkpoint(shared, tmp_path):
     file = save(tmp_path, state | extra)
     report, usable = inspect_checkpoint(file, every_key=True)
     assert usable and all(key in report for key in extra) and report.count("left over: MoME's") == 5
+    assert f"convert {file} --config {R50_AQR}" in report
     table = module_table(fit(read_checkpoint(file), R50_AQR))
     assert table["pts_bbox_head.transformer.encoder"] == [0, 0, 12, 0]
     assert table["pts_bbox_head.transformer.decoder"] == [110, 0, 0, 0]

@@ -99,11 +99,11 @@ def fit(checkpoint, config, layout=None):
     return Fit(str(config), [key for key in own if key in checkpoint.state and key not in other], missing, unexpected, shapes,
                layout, doubt)
 
-# %% ../../nbs/38a_convert.ipynb #dc0480bf
+# %% ../../nbs/38a_convert.ipynb #79446b8e
 def module_of(key):
     """Part of the detector that a weight belongs to: the first name, two for the head, three for its transformer."""
     parts = key.split(".")
-    return ".".join(parts[:1 + (key.startswith(HEAD)) + key.startswith(HEAD + "transformer.")])
+    return ".".join(parts[:1 + key.startswith(HEAD) + key.startswith(HEAD + "transformer.")])
 
 
 def module_table(found):
@@ -143,7 +143,7 @@ def _sparse_lines(checkpoint, found, every_key):
         for key, names in layouts.items() if every_key
     ]
 
-# %% ../../nbs/38a_convert.ipynb #b95d732e
+# %% ../../nbs/38a_convert.ipynb #9686357d
 def inspect_checkpoint(file, config=None, layout=None, every_key=False):
     """Say what a checkpoint holds.
 
@@ -179,11 +179,9 @@ def inspect_checkpoint(file, config=None, layout=None, every_key=False):
                      every_key)
     if not best.usable:
         lines.append("It cannot be loaded" + (f" into {config}." if config else ": no packaged config fits, give --config."))
-    elif best.missing or best.unexpected:
-        lines.append(f"All of CMT is there, AQR can start from it: convert {file} --config {best.config} --out START.pth")
     else:
+        lines.append(f"All of CMT in {best.config} is there." if best.missing or best.unexpected else f"It fits {best.config}.")
         starts = [found.config for found in fits if found.usable and found.missing]
-        lines.append(f"It fits {best.config}.")
         lines += [f"AQR can start from it: convert {file} --config {name} --out START.pth" for name in starts[:1]]
     return "\n".join(lines), best.usable
 
