@@ -68,7 +68,7 @@ def _facts(point, windows):
     views = windows.seen[..., windows.layout.num_maps - windows.layout.num_views:].sum(-1).double().mean().item()
     return dict(_plain(point), views_per_query=round(views, 3))
 
-# %% ../../nbs/18b_benchmark.ipynb #27a14b9e
+# %% ../../nbs/18b_benchmark.ipynb #b1e5dc6c
 def _scores(point):
     return point['batch'] * HEADS * point['queries'] * point['keys']
 
@@ -109,12 +109,12 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     label = 'to_cudnn' if key == 'cudnn' else f'of_{key}'
                     figures[phase][label] = _over(row, found.get(other), phase)
                     figures[phase][f'{label}_queued'] = _over(row, found.get(other), phase, queued=True)
-                if clocks and multiprocessors:
+                if clocks and multiprocessors and alternative not in ('plan', 'router', 'layer'):
                     floor = passes * exponential_floor(_scores(row['point']), multiprocessors, sorted(clocks)[len(clocks) // 2])
                     figures[phase]['of_floor'] = round(floor / row[phase].get('queued', row[phase])['median'], 4)
     return result
 
-# %% ../../nbs/18b_benchmark.ipynb #bdb5544e
+# %% ../../nbs/18b_benchmark.ipynb #988c4d51
 def _where(device):
     facts = dict(device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS,
                  dim=DIM, dtype='bfloat16' if device == 'cuda' else 'float32')
@@ -123,6 +123,12 @@ def _where(device):
         facts.update(triton=triton.__version__, cudnn=torch.backends.cudnn.version(),
                      multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
     return facts
+
+
+def _commit():
+    git = 'git', '-C', str(Path(cmtaqr.__file__).parent)
+    commit = ask(*git, 'rev-parse', 'HEAD')
+    return commit + ('+changes' if ask(*git, 'status', '--porcelain', '-uno') else '') if commit else os.environ.get('CMTAQR_COMMIT')
 
 
 def _write(path, data):
@@ -172,8 +178,7 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
         raise ValueError(f'no row contains {" or ".join(map(repr, only))}: a row is called {listed[0][0]}, and alternatives are {", ".join(ALTERNATIVES)}')
     earlier, measured = _earlier(path, where) if path.is_file() else ({}, {})
     todo = [row for row in chosen if force or row[0] not in measured]
-    commit = ask('git', '-C', str(Path(cmtaqr.__file__).parent), 'rev-parse', 'HEAD') or os.environ.get('CMTAQR_COMMIT')
-    run = dict(commit=commit, started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick, only=list(only))
+    run = dict(commit=_commit(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick, only=list(only))
     result = dict(where=where, runs=[*earlier.get('runs', []), run], rows=measured, ratios={})
     begun = time.perf_counter()
     for done, (name, group, alternative, point) in enumerate(todo):
@@ -203,14 +208,14 @@ def _show(done, total, text, begun):
     terminal = sys.stderr.isatty()
     print(f'\r\x1b[K{line}' if terminal else line, end='\n' if done == total or not terminal else '', file=sys.stderr, flush=True)
 
-# %% ../../nbs/18b_benchmark.ipynb #dbdb7e81
+# %% ../../nbs/18b_benchmark.ipynb #ae0ad27a
 def main(arguments=None) -> int:
     """Command line `python -m cmtaqr.attention.benchmark --out FILE.json`; returns the exit status."""
     parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.benchmark',
                                      description='Time attention with a local bias beside every alternative; goes on where it stopped.')
     parser.add_argument('--out', required=True, metavar='FILE.json', help='written after every row; rows that it holds are not measured again')
     parser.add_argument('--quick', action='store_true', help='the three shapes only')
-    parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help='rows whose name contains one of these, such as shapes/ or fused')
+    parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help='rows whose name contains one of these, such as shapes/ or /fused')
     parser.add_argument('--force', action='store_true', help='measure rows again that are there already')
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu: a trial on tiny maps (default cuda)')
     parser.add_argument('--repetitions', type=int, help='measurements behind each median (default 50, on a CPU 2)')
@@ -227,6 +232,10 @@ def main(arguments=None) -> int:
             if ours:
                 print(f'{place} {phase}: {row["median"]:.3f} ms, to cuDNN {ours["to_cudnn"]} (queued {ours["to_cudnn_queued"]}), '
                       f'MiB above flash {ours["mib_above_flash"]}')
+            router = found.get('router', {}).get(phase)
+            if router:
+                print(f'{place} {phase}: router over fused {router["of_fused"]} (queued {router["of_fused_queued"]}), over the layer '
+                      f'{router["of_layer"]} (queued {router["of_layer_queued"]})')
     for name, row in result['rows'].items():
         if 'error' in row:
             print(f'{name}: {row["error"].splitlines()[0]}', file=sys.stderr)
