@@ -1,0 +1,399 @@
+"""Cases of the fused attention kernels and their errors against float64; as a script, printed as JSON lines: `interpreter`, or `gpu` (in parallel)."""
+import json
+import math
+import multiprocessing
+import os
+import sys
+import traceback
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+from cmtaqr.attention import attention_reference, biased_attention, fused
+from cmtaqr.attention.fused import Launch, attention_backward_op, attention_op, plan_op
+from cmtaqr.attention.plan import layout_numbers
+from cmtaqr.bias import AttentionBiasGenerator, LocalBias
+from cmtaqr.geometry import TokenLayout
+from window_cases import CAMERA, LIDAR, SMALL, TINY, border_windows, empty, in_memory, overlapping, random_windows
+
+KINDS = {"none": None, "uniform": {}, "gaussian": dict(sigma=(1.0, 2.5)), "global": dict(is_global=True)}
+INPUTS = "q", "k", "v", "value"
+# Many small steps: several blocks of queries and tiles of keys on the smallest maps, and every way to split the keys.
+STEPS = dict(block=16, tile=16)
+
+
+@contextmanager
+def launched(block=fused.BLOCK, tile=fused.TILE, **settings):
+    """Launch the kernels in a given way for a while: queries and keys per step, and fields of `Launch`."""
+    with ExitStack() as stack:
+        for name, value in (("BLOCK", block), ("TILE", tile), *((("launch_for", lambda dim, dtype: Launch(**settings)),) if settings else ())):
+            stack.enter_context(mock.patch.object(fused, name, value))
+        yield
+
+
+def random_inputs(windows, heads=2, dim=16, dtype=torch.float32, seed=0, spread=1.0, limit=5.0):
+    """q, k, v, value (up to ±limit) and the gradient of the output; q, k, v rounded to dtype."""
+    device, (batch, queries) = windows.cells.device, windows.seen.shape[:2]
+    g = torch.Generator(device).manual_seed(seed)
+    keys = windows.layout.num_keys
+    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in (queries, keys, keys, queries))
+    return q * spread, k, v, (2 * torch.rand(batch, queries, 2, device=device, generator=g) - 1) * limit, grad
+
+
+def random_mask(windows, seed=0):
+    """Three of ten keys ignored, and all of the last sample's where there are several samples."""
+    batch = len(windows.cells)
+    mask = torch.rand(batch, windows.layout.num_keys, generator=torch.Generator().manual_seed(seed)) < 0.3
+    mask[batch - 1] |= batch > 1
+    return mask.to(windows.cells.device)
+
+
+def largest_errors(results):
+    """{name: [largest error of the kernels, of plain torch, largest exact value]} from {name: (kernels, plain, exact)}."""
+    errors = {}
+    for name, (ours, plain, exact) in results.items():
+        assert ours.shape == exact.shape and ours.dtype == plain.dtype, name
+        errors[name] = [float((t.double() - exact).abs().max()) if exact.numel() else 0.0 for t in (ours, plain)]
+        errors[name].append(float(exact.abs().max()) if exact.numel() else 0.0)
+    return errors
+
+
+def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs=(True,) * 4, memory="heads inside", masked=False, launch=None,
+            given_layout=True, chunk_size=None, **options):
+    """Largest errors of output and gradients of the fused kernels and of torch's attention with a dense bias in the same dtype, against float64.
+
+    Returns:
+        `largest_errors`; only of what `needs` (q, k, v, value) asks for. What must be zero exactly is checked here.
+    """
+    *tensors, grad = random_inputs(windows, heads, dim, dtype, **options)
+    grad, mask, settings = in_memory(grad, memory), random_mask(windows) if masked else None, KINDS[kind]
+    needs = needs if settings is not None else (*needs[:3], False)
+    results = []
+    for way in ("triton", "plain", "exact"):
+        inputs = [t.double() if way == "exact" else t for t in tensors]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((*(in_memory(t, memory) for t in inputs[:3]), inputs[3].clone()), needs)]
+        q, k, v, value = inputs
+        bias = None if settings is None else LocalBias(windows, value, **settings)
+        if way == "triton":
+            with launched(**(launch or {})):
+                out = biased_attention(q, k, v, bias, backend="triton", key_mask=mask, layout=windows.layout if given_layout else None)
+                found = torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad) if any(needs) else ()
+        else:
+            if way == "plain":
+                out = biased_attention(q, k, v, bias, backend="sdpa", key_mask=mask)
+            else:
+                blocked = None if mask is None else mask[:, None].expand(-1, q.shape[2], -1)
+                out = attention_reference(q, k, v, bias, blocked, chunk_size=chunk_size)
+            found = torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad.to(out.dtype)) if any(needs) else ()
+        found = iter(found)
+        results.append({"out": out.detach(), **{f"d{n}": next(found) for n, need in zip(INPUTS, needs) if need}})
+    ours = results[0]
+    if masked and len(windows.cells) > 1:
+        assert all(torch.count_nonzero(t[-1]) == 0 for t in ours.values()), "a sample all of whose keys are ignored"
+    if "dvalue" in ours and kind != "global":
+        box = windows.bounds()
+        there = (box[..., 1::2] > box[..., ::2]).all(-1)
+        lidar_maps = windows.layout.num_maps - windows.layout.num_views
+        there = torch.stack([there[..., :lidar_maps].any(-1), there[..., lidar_maps:].any(-1)], -1)
+        assert torch.count_nonzero(ours["dvalue"][~there]) == 0, "the value of an empty window"
+    return largest_errors({name: [r[name] for r in results] for name in ours})
+
+
+def generator_errors(scale, dtype=torch.float32, device="cpu", **options):
+    """Errors through the bias generator: weights of -1, 1 and between, its scale at a bound; gradients of weights and scale too."""
+    windows = random_windows(TINY, 2, 20, 1, share=0.7, device=device)
+    q, k, v, weights, grad = random_inputs(windows, heads=1, dtype=dtype, limit=1.0)
+    weights[:, ::3] = weights[:, ::3].sign()
+    results = []
+    for way in ("triton", "plain", "exact"):
+        generator = AttentionBiasGenerator([2, 3], bias_scale=scale, min_scale=0.5, max_scale=5.0, **options).to(device)
+        inputs = [(t.double() if way == "exact" else t).clone().requires_grad_() for t in (q, k, v, weights)]
+        generator = generator.double() if way == "exact" else generator
+        bias = generator(inputs[3], windows)
+        # from forward to backward pass: the order of the queries is made of blocks of one size
+        with launched(**STEPS):
+            out = biased_attention(*inputs[:3], bias, backend={"triton": "triton", "plain": "sdpa", "exact": "reference"}[way])
+            results.append([out.detach(), *torch.autograd.grad(out, (*inputs, generator.bias_scale), grad.to(out.dtype))])
+    assert torch.count_nonzero(results[0][4]) > 0 and (results[0][5] != 0) == (results[2][5] != 0)
+    return largest_errors(dict(zip(("out", "dq", "dk", "dv", "dweights", "dscale"), zip(*results))))
+
+
+def small(queries=20, batch=1, layout=SMALL, share=0.6, device="cpu", sizes=(4, 3), **options):
+    return random_windows(layout, batch, queries, list(sizes), share=share, device=device, **options)
+
+
+def moved(windows, device):
+    return type(windows)(windows.layout, windows.cells.to(device), windows.seen.to(device), windows.sizes)
+
+
+def _cases():
+    def case(windows, **options):
+        return lambda device: measure(moved(windows(), device), **{"launch": STEPS, "heads": 1, **options})
+
+    cases = {}
+    for kind in KINDS:
+        cases[f"{kind}, default launch, 70 queries"] = case(lambda: small(70), kind=kind, launch=None)
+        cases[f"{kind}, small steps, batch 2, masked"] = case(lambda: small(20, 2, TINY), kind=kind, masked=True, heads=2)
+        cases[f"{kind}, LiDAR alone"] = case(lambda: border_windows(LIDAR, [4, 3]), kind=kind)
+        cases[f"{kind}, cameras alone"] = case(lambda: border_windows(CAMERA, [4, 3]), kind=kind)
+        cases[f"{kind}, float16"] = case(small, kind=kind, dtype=torch.float16)
+    for kind in ("uniform", "gaussian"):
+        for even, odd in (([4, 5], "even and odd"), ([3, 2], "odd and even")):
+            cases[f"{kind}, borders, {odd}"] = case(lambda even=even: border_windows(SMALL, even), kind=kind)
+        cases[f"{kind}, larger than the maps"] = case(lambda: border_windows(TINY, [9, 12]), kind=kind)
+        cases[f"{kind}, empty"] = case(empty, kind=kind)
+    cases.update({
+        "no bias, no layout": case(small, kind="none", given_layout=False),
+        "no bias, no layout, masked": case(lambda: small(20, 2, TINY), kind="none", given_layout=False, masked=True),
+        "one query": case(lambda: small(1, share=1.0), launch=None),
+        "63 queries": case(lambda: small(63), launch=None),
+        "one key": case(lambda: random_windows(TokenLayout((1, 1), None), 1, 3, 1), launch=None),
+        "one key, global": case(lambda: random_windows(TokenLayout((1, 1), None), 1, 3, 1), kind="global"),
+        "one row": case(lambda: small(layout=TokenLayout((1, 70), (2, 30, 1)))),
+        "keys of whole tiles": case(lambda: small(layout=TokenLayout((8, 8), (2, 4, 16)))),
+        "larger than the maps, even": case(lambda: border_windows(TINY, [8, 6])),
+        "every view": case(overlapping, kind="gaussian"),
+        "batch 3, three heads": case(lambda: small(18, 3, TINY), masked=True, heads=3, launch=None),
+        "single cells": case(lambda: border_windows(SMALL, 1)),
+        "one camera": case(lambda: border_windows(TokenLayout(None, (1, 6, 10)), [4, 3])),
+        "sharp scores": case(small, spread=4.0),
+        "sharp scores, global": case(small, spread=4.0, kind="global"),
+        "steep bias": case(small, limit=10.0, kind="gaussian"),
+        "splits: one": case(small, launch=dict(block=16, tile=16, occupancy=1)),
+        "splits: eight": case(small, launch=dict(block=16, tile=16, occupancy=100)),
+        "splits: eight, global": case(small, launch=dict(block=16, tile=16, occupancy=100), kind="global"),
+        "blocks of 64, tiles of 16": case(lambda: small(70), launch=dict(block=64, tile=16)),
+        "blocks of 16, tiles of 64": case(lambda: small(70), launch=dict(block=16, tile=64)),
+        "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((3, 4), None)), launch=dict(block=16, tile=64, occupancy=1)),
+        **{f"head dimension {dim}": case(small, dim=dim, launch=None) for dim in (32, 64, 128)},
+        **{f"in memory: {kind}": case(small, memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
+        **{f"gradients of {', '.join(n for n, need in zip(INPUTS, needs) if need) or 'nothing'}": case(lambda: small(layout=TINY), needs=needs)
+           for needs in [tuple(bool(i >> j & 1) for j in range(4)) for i in range(15)]},
+        **{f"generator, scale {scale}, {name}": (lambda device, scale=scale, options=options: generator_errors(scale, device=device, **options))
+           for scale in (0.5, 5.0) for name, options in (("uniform", {}), ("Gaussian", dict(use_gaussian_window=True)), ("global", dict(use_local_bias=False)))},
+    })
+    return cases
+
+
+CASES = _cases()
+
+
+def computed(inputs, grad, bias, attend=None, **options):
+    """Output and gradients of all inputs that want one."""
+    attend = attend or (lambda q, k, v, bias: biased_attention(q, k, v, bias, backend="triton", **options))
+    out = attend(*inputs[:3], bias)
+    return out.detach(), *torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def check_operator(device="cpu"):
+    """PyTorch's own checks of the operators; traced as a whole, repeated and recomputed they give the same bits."""
+    windows = small(5, layout=TINY, sizes=(2, 3), share=0.8, device=device)
+    for kind, settings in KINDS.items():
+        *inputs, grad = random_inputs(windows, heads=1)
+        inputs = [t.requires_grad_() for t in inputs]
+
+        def attend(q, k, v, value, settings=settings):
+            bias = None if settings is None else LocalBias(windows, value, **settings)
+            return biased_attention(q, k, v, bias, backend="triton", layout=windows.layout)
+
+        results, asked = [], inputs if settings is not None else inputs[:3]
+        ways = (attend, attend, torch.compile(attend, fullgraph=True, backend="aot_eager"),
+                lambda *t: torch.utils.checkpoint.checkpoint(attend, *t, use_reentrant=False))
+        for way in ways:
+            out = way(*inputs)
+            results.append([out.detach(), *torch.autograd.grad(out, asked, grad)])
+        assert all(same_bits(results[0], other) for other in results[1:]), kind
+        # nothing is recorded where nothing wants a gradient
+        assert attend(*(t.detach() for t in inputs)).grad_fn is None
+    for kind, settings in (("uniform", KINDS["uniform"]), ("none", None)):
+        *inputs, grad = random_inputs(windows, heads=1)
+        q, k, v, value = (t.requires_grad_() for t in inputs)
+        nothing, layout = value.new_empty(0), layout_numbers(windows)
+        plan = plan_op(windows.cells, windows.seen, layout, 64, 64) if settings is not None else [nothing] * 3
+        biased = settings is not None
+        tensors, rest = (value if biased else nothing, *plan, nothing), (layout, [0.0, 0.0], list(KINDS).index(kind), 0.25)
+        torch.library.opcheck(attention_op, (q, k, v, *tensors, *rest))
+        outputs = attention_op(q, k, v, *tensors, *rest)
+        for wants in ([True, True, True, biased], [False, True, False, False], [True, False, False, False]):
+            arguments = [t.detach() for t in (grad, q, k, v, *tensors, *outputs[1:])]
+            torch.library.opcheck(attention_backward_op, (*arguments, *rest, wants), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(plan_op, (windows.cells, windows.seen, layout, 16, 16))
+
+
+def check_zero_bias(device="cpu"):
+    """Without a bias, but with the layout given: the bits of a bias of 0, in the output and in the gradient of the queries."""
+    # keys sum over the queries, which a window puts in another order
+    for dtype, kinds, tolerance in ((torch.float32, ("uniform", "gaussian", "global"), 1e-6), (torch.float16, ("uniform",), 2e-3)):
+        windows = small(20, 2, TINY, device=device)
+        *inputs, grad = random_inputs(windows, heads=1, dtype=dtype)
+        inputs, zero = [t.requires_grad_() for t in inputs[:3]], torch.zeros(2, 20, 2, device=device)
+        for mask in (None, random_mask(windows)) if dtype == torch.float32 else (None,):
+            with launched(**STEPS):
+                plain = computed(inputs, grad, None, layout=windows.layout, key_mask=mask)
+                for kind in kinds if mask is None else kinds[:1]:
+                    biased = computed(inputs, grad, LocalBias(windows, zero, **KINDS[kind]), key_mask=mask)
+                    assert same_bits(plain[:2], biased[:2]), (dtype, kind)
+                    for a, b in zip(plain[2:], biased[2:]):
+                        torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+def check_empty_sizes(device="cpu"):
+    """No keys, no queries, no samples: zeros, and gradients of their shapes."""
+    for batch, queries, keys in ((2, 5, 0), (2, 0, 7), (0, 5, 7), (2, 0, 0)):
+        inputs = [torch.randn(batch, 2, n, 16, device=device, requires_grad=True) for n in (queries, keys, keys)]
+        out, *gradients = computed(inputs, torch.ones_like(inputs[0]), None)
+        assert out.shape == inputs[0].shape and torch.count_nonzero(out) == 0
+        assert all(a.shape == b.shape and torch.count_nonzero(a) == 0 for a, b in zip(gradients, inputs))
+    for batch, queries in ((2, 0), (0, 5)):
+        windows = small(queries, batch, device=device)
+        for settings in KINDS.values():
+            *inputs, grad = random_inputs(windows)
+            inputs = [t.requires_grad_() for t in (inputs if settings is not None else inputs[:3])]
+            results = computed(inputs, grad, None if settings is None else LocalBias(windows, inputs[3], **settings))
+            assert all(a.shape == b.shape and torch.count_nonzero(a) == 0 for a, b in zip(results, (inputs[0], *inputs)))
+
+
+def check_plan(device="cpu"):
+    """A plan made before gives the bits of the one made on the way."""
+    windows = small(20, 1, TINY, device=device)
+    *inputs, grad = random_inputs(windows, heads=1)
+    bias = LocalBias(windows, inputs[3].requires_grad_())
+    inputs = [t.requires_grad_() for t in inputs]
+    assert same_bits(computed(inputs, grad, bias), computed(inputs, grad, replace(bias, plan=fused.plan_bias(bias))))
+
+
+def check_nan_value(device="cpu"):
+    """NaN as a query's value: NaN for that query where it has a window of that sensor, and the same bits as ever for all others."""
+    for kind in ("uniform", "gaussian", "global"):
+        windows = small(20, 1, TINY, device=device)
+        *inputs, grad = random_inputs(windows, heads=1)
+        inputs = [t.requires_grad_() for t in inputs]
+        broken, bad = inputs[3].detach().clone(), torch.zeros(1, 20, dtype=torch.bool, device=device)
+        windows.seen[0, 3, 0] = windows.seen[0, 17, 1] = True
+        windows.cells[0, 3, 0] = windows.cells[0, 17, 1] = 2
+        broken[0, 3, 0] = broken[0, 17, 1] = math.nan
+        bad[0, [3, 17]] = True
+        with launched(**STEPS):
+            fine = computed(inputs, grad, LocalBias(windows, inputs[3], **KINDS[kind]))
+            inputs[3] = broken.requires_grad_()
+            found = computed(inputs, grad, LocalBias(windows, broken, **KINDS[kind]))
+        for name, a, b in (("out", fine[0], found[0]), ("dq", fine[1], found[1])):
+            a, b = a.transpose(1, 2), b.transpose(1, 2)
+            assert b[bad].isnan().all() and torch.equal(a[~bad], b[~bad]), (kind, name)
+        assert torch.equal(fine[4][~bad], found[4][~bad]) and found[4][bad].isnan().any(-1).all()
+
+
+def check_far_windows(device="cpu"):
+    """Cells outside the maps, however far: what remains of the window after clipping, as `Windows.bounds` says."""
+    for far in (3, 10**6):
+        windows = small(16, device=device)
+        windows.cells.copy_(torch.randint(-far, far + 1, windows.cells.shape, generator=torch.Generator().manual_seed(far)))
+        windows.cells[0, :4] = torch.tensor([[-2, 3], [-1, -1], [9, 12], [10, 2]], device=device)[:, None]
+        windows.seen[:] = True
+        errors = measure(windows, heads=1, launch=STEPS)
+        assert all(ours <= 3 * plain + 2e-6 * max(largest, 1.0) for ours, plain, largest in errors.values()), (far, errors)
+
+
+CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "empty sizes": check_empty_sizes, "NaN value": check_nan_value,
+          "far windows": check_far_windows}
+
+
+FULL = TokenLayout((128, 128), (6, 20, 50)), TokenLayout((180, 180), (6, 40, 100))
+# Layouts of the key counts of the requirements: 1, 127, 22,384 and 56,400.
+COUNTED = {1: TokenLayout((1, 1), None), 127: TokenLayout((7, 13), (2, 3, 6)), 22384: FULL[0], 56400: FULL[1]}
+LAUNCHES = {"default": {}, **{f"block {block}, tile {tile}": dict(block=block, tile=tile) for block, tile in ((32, 32), (64, 32), (32, 128), (128, 64))},
+            "any registers": dict(forward=(4, 3, None), query=(4, 3, None), key=(4, 3, None)),
+            "8 warps": dict(forward=(8, 3, None), query=(8, 3, None), key=(8, 3, None)),
+            "2 warps, no pipeline": dict(forward=(2, 1, None), query=(2, 1, None), key=(2, 1, None)),
+            "one split": dict(occupancy=1), "eight splits": dict(occupancy=1000)}
+
+
+def counted_errors(queries, keys, kind, dtype, dim):
+    windows = random_windows(COUNTED[keys], 2 if keys < 1000 else 1, queries, [15, 8] if keys > 30000 else [8, 8], share=0.4, seed=queries, device="cuda")
+    return measure(windows, kind, heads=2, dim=dim, dtype=dtype)
+
+
+def launch_errors(name):
+    return measure(random_windows(FULL[0], 1, 200, [8, 8], share=0.4, device="cuda"), "uniform", 2, 32, torch.bfloat16, launch=LAUNCHES[name])
+
+
+def widest_errors():
+    return measure(small(70, 2, device="cuda"), "uniform", 2, 128, torch.float32)
+
+
+# Triton compiles a kernel anew where a size turns 1 or a multiple of 16. Random cases keep to sizes that are neither, so that 500 share few programs.
+PROGRAMS = [(torch.bfloat16, 16, "uniform", False), (torch.bfloat16, 16, "global", True), (torch.bfloat16, 32, "uniform", False),
+            (torch.bfloat16, 32, "gaussian", False), (torch.bfloat16, 32, "global", False), (torch.bfloat16, 32, "uniform", True),
+            (torch.bfloat16, 32, "none", False), (torch.bfloat16, 64, "uniform", False), (torch.bfloat16, 64, "gaussian", True),
+            (torch.bfloat16, 128, "uniform", False), (torch.float16, 16, "gaussian", False), (torch.float16, 32, "uniform", False),
+            (torch.float16, 32, "none", True), (torch.float16, 64, "global", False), (torch.float16, 128, "gaussian", False),
+            (torch.float32, 16, "uniform", True), (torch.float32, 32, "uniform", False), (torch.float32, 32, "gaussian", False),
+            (torch.float32, 16, "global", False), (torch.float32, 64, "uniform", False)]
+DRAWS = 26
+
+
+def random_case(program, draw):
+    """Errors of one of `DRAWS` random cases of one of `PROGRAMS`."""
+    dtype, dim, kind, masked = PROGRAMS[program]
+    g = torch.Generator().manual_seed(1000 * program + draw)
+
+    def between(low, high):
+        while True:
+            n = int(torch.randint(low, high + 1, (), generator=g))
+            if n > 1 and n % 16:
+                return n
+
+    def pair(rows, cols):
+        while True:
+            size = between(2, rows), between(3, cols)
+            if size[0] * size[1] % 16:
+                return size
+
+    layout = TokenLayout(pair(40, 60) if draw % 8 != 7 else None, (between(2, 6), *pair(20, 50)) if draw % 8 != 6 else None)
+    queries = between(65, 300) if draw % 4 else between(2, 63)
+    windows = random_windows(layout, between(2, 4), queries, [between(2, 15), between(2, 12)], share=between(2, 9) / 10, seed=draw, device="cuda")
+    needs = [(True,) * 4, (True, False, False, True), (False, True, False, False), (False, False, False, True)][draw % 7 if draw % 7 < 4 else 0]
+    memory = ["heads inside", "heads outside", "sliced"][draw % 5 if draw % 5 < 3 else 0]
+    return measure(windows, kind, between(2, 6), dim, dtype, needs, memory, masked, seed=draw, spread=between(2, 6) / 2, limit=between(2, 5))
+
+
+def run(job):
+    """(name, errors or what went wrong) of one job."""
+    name, function, arguments = job
+    try:
+        return name, function(*arguments)
+    except Exception:
+        return name, traceback.format_exc()
+
+
+def run_several(job):
+    """The results of `run` for jobs that share a compiled program."""
+    return [run(each) for each in job]
+
+
+def gpu_jobs():
+    """Lists of jobs; those of a list share compiled programs."""
+    jobs = [[(f"random {program}.{draw}", random_case, (program, draw)) for draw in range(DRAWS)] for program in reversed(range(len(PROGRAMS)))]
+    jobs += [[(f"counted {queries} x {keys}", counted_errors, (queries, keys, kind, dtype, 32)) for queries in (1, 63, 900, 1100, 1800)]
+             for keys, kind, dtype in ((1, "uniform", torch.float16), (127, "gaussian", torch.bfloat16), (22384, "uniform", torch.bfloat16),
+                                       (56400, "uniform", torch.float16))]
+    jobs += [[(f"launch {name}", launch_errors, (name,))] for name in LAUNCHES]
+    return jobs + [[("dimension 128, float32", widest_errors, ())]]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["gpu"]:
+        with multiprocessing.get_context("spawn").Pool(min(12, os.cpu_count() or 1)) as pool:
+            for results in pool.imap_unordered(run_several, gpu_jobs()):
+                print(*map(json.dumps, results), sep="\n", flush=True)
+    else:
+        for name, function in {**CASES, **CHECKS}.items():
+            print(json.dumps(run((name, function, ("cpu",)))), flush=True)
