@@ -136,7 +136,7 @@ class PETRTransformerDecoderLayer(BaseModule):
         x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias, layout=layout))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #ca7b14a9
+# %% ../../nbs/33_decoder.ipynb #cae58f15
 @MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
@@ -212,4 +212,4 @@ class CmtTransformer(BaseModule):
         key, value, device = memory + memory_pos, memory, memory.device.type
         if torch.is_autocast_enabled(device):  # once, instead of in the projections of every layer
             key, value = (x.to(torch.get_autocast_dtype(device)) for x in (key, value))
-        return self.decoder(torch.zeros_like(query_pos), query_pos, key, value, attn_mask, bias)
+        return self.decoder(torch.zeros_like(query_pos), query_pos, key, value, attn_mask, planned(bias, query_pos), layout)
