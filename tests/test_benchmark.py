@@ -140,6 +140,11 @@ def test_notebook_without_results_says_so(tmp_path):
     assert figures == 0 and "no results yet" in text
 
 
+def test_notebook_draws_a_trial(tmp_path, trial):
+    figures, text = draw(trial, tmp_path)
+    assert figures == 1 and "no results yet" not in text, "bars alone: a CPU has no peaks, no clock, and one shape no growth"
+
+
 def test_notebook_draws_a_made_up_file(tmp_path):
     found = {}
     for name, group, alternative, point in rows():

@@ -21,7 +21,7 @@ from .window_benchmark import ring_windows
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
-# %% ../../nbs/18_alternatives.ipynb #1cccb7f0
+# %% ../../nbs/18_alternatives.ipynb #de4a3016
 HEADS, DIM = 8, 32
 
 
@@ -47,21 +47,23 @@ class Point:
 
 
 SMALL, LARGE = Point(), Point(lidar=(180, 180), camera=(6, 40, 100), window=15)
-_MAPS = [((64, 64), (6, 8, 21)), ((128, 128), (6, 20, 50)), ((180, 180), (6, 40, 100)), ((256, 256), (6, 58, 140)), ((360, 360), (6, 80, 200))]
+_MAPS = [((64, 64), (6, 8, 21)), ((128, 128), (6, 20, 50)), ((180, 180), (6, 40, 100)), ((256, 256), (6, 58, 140)),
+         ((360, 360), (6, 80, 200))]
+_ONE = Point(lidar=(220, 256), camera=None, window=15)
 POINTS = {
     'shapes': [SMALL, LARGE, replace(LARGE, queries=1792)],
-    'one_map': [Point(lidar=(176, 128), camera=None), *(Point(queries=n, lidar=(220, 256), camera=None, window=15) for n in (900, 1792))],
+    'one_map': [Point(lidar=(176, 128), camera=None), _ONE, replace(_ONE, queries=1792)],
     'queries': [replace(SMALL, queries=n) for n in (225, 450, 900, 1800, 3600)],
     'keys': [replace(SMALL, lidar=lidar, camera=camera) for lidar, camera in _MAPS],
     'window': [replace(SMALL, window=n) for n in (1, 3, 8, 15, 31)],
     'batch': [replace(SMALL, batch=n) for n in (1, 2, 4, 8)],
 }
 
-# %% ../../nbs/18_alternatives.ipynb #41acd5cf
+# %% ../../nbs/18_alternatives.ipynb #d900bd16
 @lru_cache(maxsize=1)
 def inputs(point: Point, device: str, dtype: torch.dtype) -> SimpleNamespace:
-    """Random q, k, v [B, H, N, D], value [B, Q, 2] in [-2.5, 2.5], weights of a layer's four projections and a gradient of the output, with
-    the point's windows; all but the last two need gradients."""
+    """Random q, k, v [B, H, N, D], value [B, Q, 2] in [-2.5, 2.5], weights of a layer's four projections and a gradient of the
+    output, with the point's windows; all but the last two need gradients."""
     windows = ring_windows(point.layout, (point.window, point.window), point.batch, point.queries, device=device)
     g = torch.Generator(device).manual_seed(0)
     sizes = point.queries, point.layout.num_keys, point.layout.num_keys, point.queries
@@ -71,7 +73,7 @@ def inputs(point: Point, device: str, dtype: torch.dtype) -> SimpleNamespace:
     needed = dict(q=q, k=k, v=v, value=value, weights=weights)
     return SimpleNamespace(**{name: t.requires_grad_() for name, t in needed.items()}, grad=grad, windows=windows)
 
-# %% ../../nbs/18_alternatives.ipynb #580e859f
+# %% ../../nbs/18_alternatives.ipynb #07c64abf
 def _flex(x):
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -79,14 +81,15 @@ def _flex(x):
     lidar_rows, lidar_cols = layout.lidar or (0, 1)
     _, rows, cols = layout.camera or (0, 1, 1)
     lidar, first = lidar_rows * lidar_cols, 1 if layout.lidar else 0
-    bounds, value, last = x.windows.bounds().int(), x.value, maps - 1
+    corners, value, last = x.windows.bounds().int(), x.value, maps - 1
 
     def score_mod(score, b, h, query, key):
         place = (key - lidar).clamp(min=0)
         m = torch.where(key < lidar, 0, (first + place // (rows * cols)).clamp(max=last))
         row = torch.where(key < lidar, key // lidar_cols, place % (rows * cols) // cols)
         col = torch.where(key < lidar, key % lidar_cols, place % cols)
-        inside = (row >= bounds[b, query, m, 0]) & (row < bounds[b, query, m, 1]) & (col >= bounds[b, query, m, 2]) & (col < bounds[b, query, m, 3])
+        row0, row1, col0, col1 = (corners[b, query, m, i] for i in range(4))
+        inside = (row >= row0) & (row < row1) & (col >= col0) & (col < col1)
         return score + torch.where(inside, value[b, query, torch.where(key < lidar, 0, 1)], 0.0)
 
     return score_mod, flex_attention
@@ -100,7 +103,7 @@ def _flex_attention(x):
     # on a CPU it has no backward pass, and refuses tensors that may ask for one
     return x.flex(*(t if torch.is_grad_enabled() else t.detach() for t in (x.q, x.k, x.v)))
 
-# %% ../../nbs/18_alternatives.ipynb #3a2593c9
+# %% ../../nbs/18_alternatives.ipynb #0ed3cd53
 def _bias(x):
     return LocalBias(x.windows, x.value)
 
@@ -136,7 +139,8 @@ def _joined(heads):
 
 def _layer(x):
     q, k, v = (F.linear(_joined(t), w).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t, w in zip((x.q, x.k, x.k), x.weights))
-    return F.linear(_joined(biased_attention(q, k, v, _bias(x), backend='triton')), x.weights[3]).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+    out = F.linear(_joined(biased_attention(q, k, v, _bias(x), backend='triton')), x.weights[3])
+    return out.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
 
 
 def _router(x):

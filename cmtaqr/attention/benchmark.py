@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows', 'ratios', 'benchmark', 'main']
 
-# %% ../../nbs/18b_benchmark.ipynb #d3fa546f
+# %% ../../nbs/18b_benchmark.ipynb #153f0d7a
 import argparse
 import json
 import os
@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +23,16 @@ import cmtaqr
 from .alternatives import ALTERNATIVES, DIM, HEADS, POINTS, inputs
 from .timing import ask, clock_mhz, exponential_floor, timing
 
-# %% ../../nbs/18b_benchmark.ipynb #c4562d17
+# %% ../../nbs/18b_benchmark.ipynb #41239d9a
 def _measure(alternative, x, device, repetitions, clock):
     phases, wanted = {}, [getattr(x, name) for name in alternative.wanted]
 
     def forward():
         with nullcontext() if alternative.compiled and device == 'cuda' else torch.no_grad():
             return alternative.run(x)
+
+    def both():
+        return torch.autograd.grad(alternative.run(x), wanted, x.grad)
 
     with sdpa_kernel(alternative.kernel) if alternative.kernel else nullcontext():
         phases['forward'] = timing(forward, device, repetitions)
@@ -37,16 +41,17 @@ def _measure(alternative, x, device, repetitions, clock):
         if wanted:
             try:
                 out = alternative.run(x)
-                phases['backward'] = timing(lambda: torch.autograd.grad(out, wanted, x.grad, retain_graph=True), device, repetitions)
-                del out
-                phases['forward_backward'] = timing(lambda: torch.autograd.grad(alternative.run(x), wanted, x.grad), device, repetitions)
+                backward = partial(torch.autograd.grad, out, wanted, x.grad, retain_graph=True)
+                phases['backward'] = timing(backward, device, repetitions)
+                del out, backward
+                phases['forward_backward'] = timing(both, device, repetitions)
             except Exception as error:  # the forward pass keeps its measurement
                 phases['error'] = f'backward: {type(error).__name__}: {error}'[:500]
     return phases
 
 
 def rows(quick: bool = False, tiny: bool = False) -> list:
-    """(name, group, alternative, point) of everything that is measured, FlexAttention last: it compiles longest and fails hardest."""
+    """(name, group, alternative, point) of all that is measured, FlexAttention last: it compiles longest and fails hardest."""
     chosen = {'shapes': list(ALTERNATIVES), 'one_map': ['fused', 'fused_unbiased', 'cudnn', 'flash', 'flex']}
     listed = {}
     for group, points in POINTS.items():
@@ -68,7 +73,7 @@ def _facts(point, windows):
     views = windows.seen[..., windows.layout.num_maps - windows.layout.num_views:].sum(-1).double().mean().item()
     return dict(_plain(point), views_per_query=round(views, 3))
 
-# %% ../../nbs/18b_benchmark.ipynb #b1e5dc6c
+# %% ../../nbs/18b_benchmark.ipynb #63e2a7f2
 def _scores(point):
     return point['batch'] * HEADS * point['queries'] * point['keys']
 
@@ -87,9 +92,10 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
         multiprocessors: of the GPU; None leaves the floor out.
 
     Returns:
-        By point, then alternative: `forward`, `backward` and `forward_backward` with `to_cudnn`, `to_cudnn_queued`, `of_floor` (share of the
-        floor that the queued time, or that as launched, reaches; one exponential per score and pass), `mib_above_flash`, `peak_to_flash`; for
-        the router also `of_fused` and `of_layer` with their queued twins. None where a part is missing.
+        By point, then alternative: `forward`, `backward` and `forward_backward` with `to_cudnn`, `to_cudnn_queued`, `of_floor`
+        (share of the floor that the queued time, or that as launched, reaches; one exponential per score and pass),
+        `mib_above_flash`, `peak_to_flash`; for the router also `of_fused` and `of_layer` with their queued twins. None where a
+        part is missing.
     """
     points, result = {}, {}
     clocks = [row['clock']['mhz'] for row in measured.values() if row.get('clock', {}).get('mhz')]
@@ -104,9 +110,10 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     continue
                 flash, peak = found.get('flash', {}).get(phase, {}).get('peak_mib'), row[phase].get('peak_mib')
                 known = None not in (flash, peak)
-                figures[phase] = dict(mib_above_flash=round(peak - flash, 2) if known else None, peak_to_flash=round(peak / flash, 3) if known else None)
-                for key, other in (('cudnn', 'cudnn'), *((('fused', 'fused'), ('layer', 'layer')) if alternative == 'router' else ())):
-                    label = 'to_cudnn' if key == 'cudnn' else f'of_{key}'
+                figures[phase] = dict(mib_above_flash=round(peak - flash, 2) if known else None,
+                                      peak_to_flash=round(peak / flash, 3) if known else None)
+                for other in ('cudnn', 'fused', 'layer') if alternative == 'router' else ('cudnn',):
+                    label = 'to_cudnn' if other == 'cudnn' else f'of_{other}'
                     figures[phase][label] = _over(row, found.get(other), phase)
                     figures[phase][f'{label}_queued'] = _over(row, found.get(other), phase, queued=True)
                 if clocks and multiprocessors and alternative not in ('plan', 'router', 'layer'):
@@ -114,10 +121,10 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     figures[phase]['of_floor'] = round(floor / row[phase].get('queued', row[phase])['median'], 4)
     return result
 
-# %% ../../nbs/18b_benchmark.ipynb #988c4d51
+# %% ../../nbs/18b_benchmark.ipynb #33d6c36c
 def _where(device):
-    facts = dict(device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu', torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS,
-                 dim=DIM, dtype='bfloat16' if device == 'cuda' else 'float32')
+    name, dtype = (torch.cuda.get_device_name(), 'bfloat16') if device == 'cuda' else ('cpu', 'float32')
+    facts = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS, dim=DIM, dtype=dtype)
     if device == 'cuda':
         import triton
         facts.update(triton=triton.__version__, cudnn=torch.backends.cudnn.version(),
@@ -127,8 +134,8 @@ def _where(device):
 
 def _commit():
     git = 'git', '-C', str(Path(cmtaqr.__file__).parent)
-    commit = ask(*git, 'rev-parse', 'HEAD')
-    return commit + ('+changes' if ask(*git, 'status', '--porcelain', '-uno') else '') if commit else os.environ.get('CMTAQR_COMMIT')
+    commit, changes = ask(*git, 'rev-parse', 'HEAD'), ask(*git, 'status', '--porcelain', '-uno')
+    return commit + ('+changes' if changes else '') if commit else os.environ.get('CMTAQR_COMMIT')
 
 
 def _write(path, data):
@@ -175,10 +182,12 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
     listed = rows(quick, tiny=device != 'cuda')
     chosen = [row for row in listed if not only or any(word in row[0] for word in only)]
     if not chosen:
-        raise ValueError(f'no row contains {" or ".join(map(repr, only))}: a row is called {listed[0][0]}, and alternatives are {", ".join(ALTERNATIVES)}')
+        raise ValueError(f'no row contains {" or ".join(map(repr, only))}: a row is called {listed[0][0]}, and alternatives are '
+                         f'{", ".join(ALTERNATIVES)}')
     earlier, measured = _earlier(path, where) if path.is_file() else ({}, {})
     todo = [row for row in chosen if force or row[0] not in measured]
-    run = dict(commit=_commit(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick, only=list(only))
+    run = dict(commit=_commit(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick,
+               only=list(only))
     result = dict(where=where, runs=[*earlier.get('runs', []), run], rows=measured, ratios={})
     begun = time.perf_counter()
     for done, (name, group, alternative, point) in enumerate(todo):
@@ -208,14 +217,16 @@ def _show(done, total, text, begun):
     terminal = sys.stderr.isatty()
     print(f'\r\x1b[K{line}' if terminal else line, end='\n' if done == total or not terminal else '', file=sys.stderr, flush=True)
 
-# %% ../../nbs/18b_benchmark.ipynb #ae0ad27a
+# %% ../../nbs/18b_benchmark.ipynb #53432e0a
 def main(arguments=None) -> int:
     """Command line `python -m cmtaqr.attention.benchmark --out FILE.json`; returns the exit status."""
     parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.benchmark',
-                                     description='Time attention with a local bias beside every alternative; goes on where it stopped.')
-    parser.add_argument('--out', required=True, metavar='FILE.json', help='written after every row; rows that it holds are not measured again')
+                                     description='Time attention with a local bias beside its alternatives. Goes on where it stopped.')
+    parser.add_argument('--out', required=True, metavar='FILE.json',
+                        help='written after every row; rows that it holds are not measured again')
     parser.add_argument('--quick', action='store_true', help='the three shapes only')
-    parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help='rows whose name contains one of these, such as shapes/ or /fused')
+    parser.add_argument('--only', nargs='+', default=[], metavar='NAME',
+                        help='rows whose name contains one of these, such as shapes/ or /fused')
     parser.add_argument('--force', action='store_true', help='measure rows again that are there already')
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu: a trial on tiny maps (default cuda)')
     parser.add_argument('--repetitions', type=int, help='measurements behind each median (default 50, on a CPU 2)')
@@ -234,8 +245,8 @@ def main(arguments=None) -> int:
                       f'MiB above flash {ours["mib_above_flash"]}')
             router = found.get('router', {}).get(phase)
             if router:
-                print(f'{place} {phase}: router over fused {router["of_fused"]} (queued {router["of_fused_queued"]}), over the layer '
-                      f'{router["of_layer"]} (queued {router["of_layer_queued"]})')
+                print(f'{place} {phase}: router over fused {router["of_fused"]} (queued {router["of_fused_queued"]}), '
+                      f'over the layer {router["of_layer"]} (queued {router["of_layer_queued"]})')
     for name, row in result['rows'].items():
         if 'error' in row:
             print(f'{name}: {row["error"].splitlines()[0]}', file=sys.stderr)

@@ -12,12 +12,13 @@ import time
 
 import torch
 
-# %% ../../nbs/18a_timing.ipynb #0e33641c
+# %% ../../nbs/18a_timing.ipynb #cd741278
 QUEUED_BELOW = 5.0
 
 
 def _spread(ms):
-    low, middle, high = torch.tensor(ms, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    ms, shares = (torch.tensor(t, dtype=torch.float64) for t in (ms, [0.1, 0.5, 0.9]))
+    low, middle, high = ms.quantile(shares).tolist()
     return dict(median=round(middle, 5), p10=round(low, 5), p90=round(high, 5))
 
 
@@ -52,8 +53,8 @@ def timing(run, device: str, repetitions: int) -> dict:
         repetitions: measurements behind each median.
 
     Returns:
-        median, p10 and p90 in milliseconds, `first_call_s` (compilation included); on a GPU `launch_us`, `peak_mib` (peak of one call above
-        what was allocated before it) and `queued` (see above; missing for long calls).
+        median, p10 and p90 in milliseconds, `first_call_s` (compilation included); on a GPU `launch_us`, `peak_mib` (peak of one
+        call above what was allocated before it) and `queued` (median, p10 and p90 without launching; missing for long calls).
     """
     begun = time.perf_counter()
     run()
@@ -78,7 +79,7 @@ def timing(run, device: str, repetitions: int) -> dict:
         result['queued'] = _spread(_event_times(run, flush, 2 + math.ceil(2 * launch / each), repetitions))
     return {**result, 'launch_us': round(1e3 * launch, 1), 'peak_mib': round(peak, 2), **first}
 
-# %% ../../nbs/18a_timing.ipynb #d17cf499
+# %% ../../nbs/18a_timing.ipynb #3998d623
 EXPONENTIALS_PER_CLOCK = 16
 
 
@@ -91,10 +92,11 @@ def ask(*command) -> str | None:
 
 
 def clock_mhz(run, seconds: float) -> tuple:
-    """Clock of the multiprocessors in MHz (None if unknown) and where it was read, while `run`, which takes some seconds, is repeated."""
+    """Clock of the multiprocessors in MHz (None if unknown), read while `run`, which takes `seconds`, is repeated; and its source."""
     for _ in range(min(2000, math.ceil(0.5 / seconds))):
         run()
-    answer = ask('nvidia-smi', '-i', f'GPU-{torch.cuda.get_device_properties(0).uuid}', '--query-gpu=clocks.sm', '--format=csv,noheader,nounits')
+    gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'
+    answer = ask('nvidia-smi', '-i', gpu, '--query-gpu=clocks.sm', '--format=csv,noheader,nounits')
     if answer and answer.isdigit():
         return int(answer), 'nvidia-smi clocks.sm while the kernels run'
     try:
