@@ -182,7 +182,7 @@ def device_constant(values, device, dtype=torch.float32):
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
-# %% ../../nbs/30_sparse.ipynb #4461d9d6
+# %% ../../nbs/30_sparse.ipynb #114dd05d
 @torch.no_grad()
 def voxelize(points, voxel_size, point_cloud_range, max_num_points, max_voxels):
     """Voxels of one point cloud: mean of the first points of every occupied cell.
@@ -208,7 +208,9 @@ def voxelize(points, voxel_size, point_cloud_range, max_num_points, max_voxels):
     index = torch.arange(len(keys), device=device)
     starts = torch.ones_like(keys, dtype=torch.bool)
     starts[1:] = keys[1:] != keys[:-1]
-    first = torch.where(starts, index, 0).cummax(0).values  # where the run of each sorted point begins
+    run = starts.cumsum(0) - 1
+    begin = index.new_empty(len(keys) + 1).index_copy_(0, torch.where(starts, run, len(keys)), index)
+    first = begin[run]  # where the run of each sorted point begins
     opens = torch.zeros_like(starts).index_copy_(0, order, starts & (keys < nx * ny * nz))  # in order of the cloud
     count = int(opens.sum().clamp(max=max_voxels))
     rank = (opens.cumsum(0) - 1)[order[first]]  # of each sorted point's voxel
