@@ -19,7 +19,7 @@ from .window import _TRITON, _obstacle
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
-# %% ../../nbs/16_dispatch.ipynb #3ac71993
+# %% ../../nbs/16_dispatch.ipynb #7526fd84
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     mask, dead = None, None
     if attn_mask is not None:
@@ -67,14 +67,15 @@ def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
     if bias is None:
         return _attend(q, k, v, q.shape[3] ** -0.5, 'flash_attn', dropout_p)
     if not bias.is_global:
-        raise RuntimeError("backend='flash_attn': the flash-attn package adds no bias of its own, and only a global one fits into extra "
-                           'channels; a local bias is not of low rank')
+        raise RuntimeError("backend='flash_attn': the flash-attn package adds no bias of its own, and only a global one fits into "
+                           'extra channels; a local bias is not of low rank')
     return flash_bias(q, k, v, *global_bias_factors(bias), backend='flash_attn', split=True, dropout_p=dropout_p)
 
 
 def _low_rank(q, k, v, bias, attn_mask):
     """Whether a bias goes through PyTorch's kernels in extra channels, instead of through chunks."""
-    return q.is_cuda and bias.is_global and attn_mask is None and q.dtype == k.dtype == v.dtype != torch.float64 and k.shape[2] > 0
+    fits = q.dtype == k.dtype == v.dtype != torch.float64 and k.shape[2] > 0
+    return q.is_cuda and bias.is_global and attn_mask is None and fits
 
 
 def _does_nothing(bias):

@@ -59,7 +59,7 @@ def _score_function(term, blocked, dead):
         return score if blocked is None else torch.where(blocked[b, i, j] & ~dead[b, i], float('-inf'), score)
     return score_mod
 
-# %% ../../nbs/15a_flex.ipynb #bf7d7428
+# %% ../../nbs/15a_flex.ipynb #6509256e
 @cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -77,7 +77,8 @@ def _flex_obstacle(q, k, v, dropout_p):
     if not q.is_cuda and torch.compiler.is_compiling():
         return f'FlexAttention does not compile this function for {q.device.type}: call it outside torch.compile'
     if not q.is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return f'FlexAttention has no gradients of q, k and v on {q.device.type}, only those of the bias: use a GPU or another backend'
+        return (f'FlexAttention has no gradients of q, k and v on {q.device.type}, only those of the bias: '
+                'use a GPU or another backend')
     if q.is_cuda and not _TRITON:
         return 'FlexAttention on a GPU is compiled by Triton, which is not installed: pip install triton'
     if q.is_cuda and q.dtype == torch.float64:

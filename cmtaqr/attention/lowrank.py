@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .reference import _check_heads
 from ..bias import LocalBias
 
-# %% ../../nbs/15b_lowrank.ipynb #1dec968e
+# %% ../../nbs/15b_lowrank.ipynb #2db27707
 _SDPA = {'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'efficient': SDPBackend.EFFICIENT_ATTENTION,
          'math': SDPBackend.MATH}
 _BACKENDS = ('auto', *_SDPA, 'flash_attn')
@@ -32,7 +32,8 @@ def _flash_obstacle(q, k, channels, backend):
         return f'it needs a GPU, and the tensors are on {q.device}'
     if backend not in ('auto', 'math') and q.is_cuda and not (q.numel() and k.shape[2]):
         return f'it needs at least one query and one key, got {q.shape[2]} and {k.shape[2]} (and batch {len(q)})'
-    if (backend in ('cudnn', 'flash_attn') or backend == 'flash' and q.is_cuda) and q.dtype not in (torch.float16, torch.bfloat16):
+    half = backend in ('cudnn', 'flash_attn') or backend == 'flash' and q.is_cuda
+    if half and q.dtype not in (torch.float16, torch.bfloat16):
         return f'it computes in float16 and bfloat16, got {q.dtype}'
     if backend in ('flash', 'flash_attn') and q.is_cuda and channels > _MAX_CHANNELS:
         return f'it takes {_MAX_CHANNELS} channels at most, and head dimension, factors and padding make {channels}'
@@ -70,7 +71,7 @@ def _attend(q, k, v, scale, backend, dropout_p, q_parts=(), k_parts=()):
     with sdpa_kernel(_SDPA[backend]):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :dim]
 
-# %% ../../nbs/15b_lowrank.ipynb #1982346d
+# %% ../../nbs/15b_lowrank.ipynb #53e132a4
 def _channels(q_bias, k_bias, dtype, scale, split):
     """Factors as channels of q and of k in their dtype, with the scale taken out."""
     exact = torch.promote_types(torch.promote_types(q_bias.dtype, k_bias.dtype), torch.promote_types(dtype, torch.float32))
@@ -85,7 +86,8 @@ def _channels(q_bias, k_bias, dtype, scale, split):
 def _check_factors(q, k, q_bias, k_bias):
     for name, factor, tokens in (('q_bias', q_bias, q), ('k_bias', k_bias, k)):
         batch, heads, length, _ = tokens.shape
-        if factor.dim() != 4 or factor.shape[0] not in (1, batch) or factor.shape[1] not in (1, heads) or factor.shape[2] != length:
+        fits = factor.dim() == 4 and factor.shape[0] in (1, batch) and factor.shape[1] in (1, heads)
+        if not fits or factor.shape[2] != length:
             raise ValueError(f'{name} must be [{batch} or 1, {heads} or 1, {length}, R], got {list(factor.shape)}')
         if factor.device != tokens.device:
             raise ValueError(f'{name} is on {factor.device}, but q and k on {tokens.device}: move them together')
@@ -151,7 +153,7 @@ def global_bias_factors(bias: LocalBias) -> tuple[Tensor, Tensor]:
         k_bias[offset:offset + (stop - start) * rows * cols, channel] = 1
     return bias.value[:, None, :, first:last + 1], k_bias[None, None]
 
-# %% ../../nbs/15b_lowrank.ipynb #b0b81d7c
+# %% ../../nbs/15b_lowrank.ipynb #618320a2
 class DecompositionError(NamedTuple):
     """What factors miss of a matrix: the Frobenius norm of the difference and its largest entry, [...] each."""
     frobenius: Tensor
@@ -160,18 +162,19 @@ class DecompositionError(NamedTuple):
 
 @torch.no_grad()
 def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = None) -> tuple[Tensor, Tensor, DecompositionError]:
-    """Best factors of a bias matrix, for `flash_bias`.
+    """Best factors of a bias matrix, for `flash_bias`; computed in float64, without gradients.
 
     Args:
         bias: [..., Q, K] matrix; finite.
         rank: rank R of the factors.
-        tolerance: instead of a rank: the smallest rank whose Frobenius error is at most this part of the matrix's norm, for every matrix.
+        tolerance: instead of a rank: take the smallest whose Frobenius error is at most this part of the norm, for every matrix.
 
     Returns:
-        q_bias [..., Q, R] and k_bias [..., K, R] in the dtype of the matrix, computed in float64 without gradients, and their error.
+        q_bias [..., Q, R] and k_bias [..., K, R] in the dtype of the matrix, and their error.
 
     Raises:
-        ValueError: neither or both of rank and tolerance; a rank that the matrix cannot have; a negative tolerance; entries that are not finite.
+        ValueError: neither or both of rank and tolerance; a rank that the matrix cannot have; a negative tolerance; entries that
+            are not finite.
     """
     if bias.dim() < 2 or not bias.numel() or not bias.isfinite().all():
         raise ValueError(f'bias must be [..., Q, K] with entries that are all finite, got {list(bias.shape)}')
@@ -187,6 +190,6 @@ def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = N
         left_out = F.pad(tail[..., 1:], (0, 1)).sqrt()
         rank = min(full, 1 + int((left_out > tolerance * tail[..., :1].sqrt()).sum(-1).max()))
     root = size[..., :rank].sqrt()
-    q_bias, k_bias = (left[..., :rank] * root[..., None, :]).to(bias.dtype), (right[..., :rank, :].mT * root[..., None, :]).to(bias.dtype)
+    q_bias, k_bias = ((t[..., :rank] * root[..., None, :]).to(bias.dtype) for t in (left, right.mT))
     rest = bias.double() - q_bias.double() @ k_bias.double().mT
     return q_bias, k_bias, DecompositionError(rest.flatten(-2).norm(dim=-1), rest.flatten(-2).abs().amax(-1))
