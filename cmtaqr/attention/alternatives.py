@@ -103,7 +103,7 @@ def _flex_attention(x):
     # on a CPU it has no backward pass, and refuses tensors that may ask for one
     return x.flex(*(t if torch.is_grad_enabled() else t.detach() for t in (x.q, x.k, x.v)))
 
-# %% ../../nbs/18_alternatives.ipynb #0ed3cd53
+# %% ../../nbs/18_alternatives.ipynb #482e2c0a
 def _bias(x):
     return LocalBias(x.windows, x.value)
 
@@ -126,11 +126,14 @@ def _unfused(x):
 
 
 def _plan(x):
-    from cmtaqr.attention.fused import launch_for, plan_op
-    from cmtaqr.attention.plan import layout_numbers
+    from cmtaqr.attention.fused import plan_bias  # where there is no Triton, the alternatives without it still run
+    return plan_bias(_bias(x))
 
-    launch = launch_for(DIM, x.q.dtype)
-    return plan_op(x.windows.cells, x.windows.seen, layout_numbers(x.windows), launch.block, launch.tile)
+
+def _fused_planned(x):
+    if not hasattr(x, 'planned'):
+        x.planned = replace(_bias(x), plan=_plan(x))
+    return biased_attention(x.q, x.k, x.v, x.planned, backend='triton')
 
 
 def _joined(heads):
@@ -161,6 +164,7 @@ class Alternative:
 _BIASED = 'q', 'k', 'v', 'value'
 ALTERNATIVES = {
     'fused': Alternative(lambda x: biased_attention(x.q, x.k, x.v, _bias(x), backend='triton'), _BIASED),
+    'fused_planned': Alternative(_fused_planned, _BIASED),
     'fused_unbiased': Alternative(lambda x: biased_attention(x.q, x.k, x.v, layout=x.windows.layout, backend='triton')),
     'cudnn': Alternative(_sdpa, kernel=SDPBackend.CUDNN_ATTENTION),
     'flash': Alternative(_sdpa, kernel=SDPBackend.FLASH_ATTENTION),

@@ -217,7 +217,7 @@ def _show(done, total, text, begun):
     terminal = sys.stderr.isatty()
     print(f'\r\x1b[K{line}' if terminal else line, end='\n' if done == total or not terminal else '', file=sys.stderr, flush=True)
 
-# %% ../../nbs/18b_benchmark.ipynb #53432e0a
+# %% ../../nbs/18b_benchmark.ipynb #b9e0753b
 def main(arguments=None) -> int:
     """Command line `python -m cmtaqr.attention.benchmark --out FILE.json`; returns the exit status."""
     parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.benchmark',
@@ -239,10 +239,11 @@ def main(arguments=None) -> int:
         return 1
     for place, found in result['ratios'].items():
         for phase in ('forward', 'forward_backward'):
-            ours, row = found.get('fused', {}).get(phase), result['rows'].get(f'{place}/fused', {}).get(phase)
-            if ours:
-                print(f'{place} {phase}: {row["median"]:.3f} ms, to cuDNN {ours["to_cudnn"]} (queued {ours["to_cudnn_queued"]}), '
-                      f'MiB above flash {ours["mib_above_flash"]}')
+            for name in ('fused', 'fused_planned'):
+                ours, row = found.get(name, {}).get(phase), result['rows'].get(f'{place}/{name}', {}).get(phase)
+                if ours:
+                    print(f'{place} {phase} {name}: {row["median"]:.3f} ms, to cuDNN {ours["to_cudnn"]} (queued '
+                          f'{ours["to_cudnn_queued"]}), MiB above flash {ours["mib_above_flash"]}')
             router = found.get('router', {}).get(phase)
             if router:
                 print(f'{place} {phase}: router over fused {router["of_fused"]} (queued {router["of_fused_queued"]}), '
