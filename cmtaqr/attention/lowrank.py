@@ -17,16 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .reference import _check_heads
 from ..bias import LocalBias
 
-# %% ../../nbs/15b_lowrank.ipynb #2db27707
+# %% ../../nbs/15b_lowrank.ipynb #96032f89
 _SDPA = {'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'efficient': SDPBackend.EFFICIENT_ATTENTION,
          'math': SDPBackend.MATH}
 _BACKENDS = ('auto', *_SDPA, 'flash_attn')
 _MAX_CHANNELS = 256
+_FLASH_ATTN = find_spec('flash_attn') is not None
 
 
 def _flash_obstacle(q, k, channels, backend):
     """Why a backend cannot take queries of this many channels; None if it can."""
-    if backend == 'flash_attn' and find_spec('flash_attn') is None:
+    if backend == 'flash_attn' and not _FLASH_ATTN:
         return 'the flash-attn package is not installed: pip install flash-attn'
     if backend in ('cudnn', 'efficient', 'flash_attn') and not q.is_cuda:
         return f'it needs a GPU, and the tensors are on {q.device}'
