@@ -46,9 +46,6 @@ def gradients(out, inputs):
     return torch.autograd.grad((out.double() * weights).sum(), inputs, retain_graph=True)
 
 
-# -- flash_bias ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", ["auto", "flash", "math"])
 @pytest.mark.parametrize("shape, rank, dim, scale", [((2, 3), 2, 8, None), ((1, 1), 5, 13, 0.7), ((2, 1), 1, 30, 3.0),
                                                      ((1, 3), 8, 32, None)])
@@ -157,9 +154,6 @@ def test_flash_bias_refuses(change, error, text):
         flash_bias(**(dict(q=q, k=k, v=v, q_bias=q_bias, k_bias=k_bias) | change))
 
 
-# -- factors ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_global_bias_is_its_factors(name, seed):
@@ -239,9 +233,6 @@ def test_factors_keep_dtype_and_count_their_rounding():
 def test_decompose_refuses(matrix, options, text):
     with pytest.raises(ValueError, match=text):
         decompose(matrix, **options)
-
-
-# -- backends of biased_attention ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -361,8 +352,6 @@ def test_auto_takes_extra_channels_only_for_a_bare_global_bias_on_a_gpu(monkeypa
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     assert called == [dict(split=True, dropout_p=0.0)]
 
-
-# -- on a GPU --------------------------------------------------------------------------------------------------------------
 
 LARGE = TokenLayout(lidar=(40, 50), camera=(4, 20, 25))                              # 4,000 keys
 
