@@ -121,7 +121,7 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     figures[phase]['of_floor'] = round(floor / row[phase].get('queued', row[phase])['median'], 4)
     return result
 
-# %% ../../nbs/18b_benchmark.ipynb #33d6c36c
+# %% ../../nbs/18b_benchmark.ipynb #62035a07
 def _where(device):
     name, dtype = (torch.cuda.get_device_name(), 'bfloat16') if device == 'cuda' else ('cpu', 'float32')
     facts = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS, dim=DIM, dtype=dtype)
@@ -172,7 +172,7 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
         What the file holds: `where`, `rows` by name, `ratios` (see `ratios`), `runs` (commit, time and options of each run).
 
     Raises:
-        RuntimeError: no GPU, or its context broke: run it again to go on.
+        RuntimeError: no GPU, or its context broke.
         ValueError: `only` matches nothing; the file is something else, or was measured elsewhere.
     """
     if device == 'cuda' and not torch.cuda.is_available():
@@ -204,7 +204,10 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
         run['seconds'] = round(time.perf_counter() - begun, 1)
         _write(path, result | dict(ratios=ratios(measured, where.get('multiprocessors'))))
         if device == 'cuda':
-            torch.cuda.synchronize()  # raises where the context is broken
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise RuntimeError(f'{name} broke the CUDA context ({error}): run the command again to go on behind it') from error
             torch.cuda.empty_cache()
     _show(len(todo), len(todo), f'{len(chosen) - len(todo)} rows were there already', begun)
     result['ratios'] = ratios(measured, where.get('multiprocessors'))
