@@ -166,7 +166,7 @@ def test_gpu_head_dimension_128_in_float32(measured, kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["zero bias", "plan", "empty sizes", "NaN value", "far windows"])
+@pytest.mark.parametrize("name", ["zero bias", "plan", "empty sizes", "NaN value", "far windows", "low scores"])
 def test_gpu_check(kernels, name):
     assert CHECKS[name](kernels) is None
 

@@ -38,7 +38,7 @@ def _prepare(q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_ls
             own = tl.load(value + (sample * queries + query) * 2 + sensor, ok, 0.0) / scale
             tl.store(sorted_value + (group * batch + sample) * padded + place, own)
 
-# %% ../../nbs/13a_backward.ipynb #eaa3d552
+# %% ../../nbs/13a_backward.ipynb #658a5e67
 @triton.jit
 def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, k, v, order, centres, ranges, ignored, dq, dvalue,
                      k_batch, k_head, k_row, v_batch, v_head, v_row, d_split, d_batch, d_head, d_row,
@@ -70,6 +70,7 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
     mass = tl.zeros([BLOCK], tl.float32)
     for m in range(first, last):
         base = tl.where(lidar, 0, lidar_maps * lidar_keys + (m - lidar_maps) * camera_keys)
+        low, high = 0, 0
         if KIND == 1 or KIND == 2:
             low = tl.load(ranges + ((sample * blocks + block) * maps + m) * 2)
             high = tl.load(ranges + ((sample * blocks + block) * maps + m) * 2 + 1)
@@ -88,15 +89,15 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
                 s += own[:, None]
             if MASKED:
                 s = tl.where(tl.load(ignored + sample * keys + base + tile * TILE + columns, there, 1)[None, :] != 0, float('-inf'), s)
-            if KIND == 1 or KIND == 2:
-                if (tile >= low) & (tile < high):
+            if ((tile >= low) & (tile < high)) | ((tile + 1) * TILE > map_keys):
+                # beyond the map's end scores are 0, and the probability of 0 overflows where all true scores are far below
+                s = tl.where((columns < map_keys - tile * TILE)[None, :], s, float('-inf'))
+                if KIND == 1 or KIND == 2:
                     profile = window_profile(tile * TILE + columns, map_keys, cols, row, col, size, decay, KIND == 2, False)
                     s += own[:, None] * profile
                     own_sum += tl.sum(tl.exp2(s * to_base2 - level[:, None]) * (dp - delta[:, None]) * profile, 1)
             p = tl.exp2(s * to_base2 - level[:, None])
             if KIND == 3:
-                if (tile + 1) * TILE > map_keys:
-                    p = tl.where((columns < map_keys - tile * TILE)[None, :], p, 0.0)
                 own_sum += tl.sum(p * dp, 1)
                 mass += tl.sum(p, 1)
             ds = p * (dp - delta[:, None])
