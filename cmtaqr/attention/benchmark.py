@@ -121,7 +121,7 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     figures[phase]['of_floor'] = round(floor / row[phase].get('queued', row[phase])['median'], 4)
     return result
 
-# %% ../../nbs/18b_benchmark.ipynb #62035a07
+# %% ../../nbs/18b_benchmark.ipynb #f436012c
 def _where(device):
     name, dtype = (torch.cuda.get_device_name(), 'bfloat16') if device == 'cuda' else ('cpu', 'float32')
     facts = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS, dim=DIM, dtype=dtype)
@@ -133,9 +133,11 @@ def _where(device):
 
 
 def _commit():
+    if os.environ.get('CMTAQR_COMMIT'):    # a copy of the sources may have no history, or an older one
+        return os.environ['CMTAQR_COMMIT']
     git = 'git', '-C', str(Path(cmtaqr.__file__).parent)
     commit, changes = ask(*git, 'rev-parse', 'HEAD'), ask(*git, 'status', '--porcelain', '-uno')
-    return commit + ('+changes' if changes else '') if commit else os.environ.get('CMTAQR_COMMIT')
+    return commit + ('+changes' if changes else '') if commit else None
 
 
 def _write(path, data):

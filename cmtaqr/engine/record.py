@@ -37,12 +37,16 @@ def versions():
             continue
     return found | dict(torch=torch.__version__, cuda=torch.version.cuda)
 
-# %% ../../nbs/50b_record.ipynb #abc4911f
+# %% ../../nbs/50b_record.ipynb #04d53eb8
 def git_commit():
     """Commit of the checkout, with `+changes` where tracked files differ from it.
 
-    Outside a checkout it is what the environment variable `CMTAQR_COMMIT` says (a container that holds the sources alone), or None.
+    The environment variable `CMTAQR_COMMIT` comes first: a copy of the sources may have no history, or an older one. None outside a
+    checkout without it.
     """
+    if os.environ.get("CMTAQR_COMMIT"):
+        return os.environ["CMTAQR_COMMIT"]
+
     def git(*args):
         call = ["git", "-C", str(package_root()), *args]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
@@ -50,7 +54,7 @@ def git_commit():
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CMTAQR_COMMIT")
+        return None
 
 # %% ../../nbs/50b_record.ipynb #c7d17e81
 def machine():
