@@ -65,12 +65,35 @@ def test_wheel_contains_modules_and_configs(wheel):
 
 def test_readme_figures_come_from_result_files():
     readme = (ROOT / "README.md").read_text()
-    demo, overfit = (json.loads((ROOT / "nbs/results" / name).read_text()) for name in ("demo.json", "overfit_real_frame.json"))
+    demo, overfit = result("demo.json"), result("overfit_real_frame.json")
     for metric in ("mAP", "NDS"):
         values = [demo[run]["metrics"][metric] for run in ("untrained", "trained")]
         assert f"| {metric} | {values[0]:.3f} | {values[1]:.3f} |" in readme
         assert values[1] > values[0] + 0.05
     assert f"mAP {overfit['mAP']:.3f}" in readme and f"{overfit['iterations']} iterations and {overfit['seconds']:.0f} s" in readme
+
+
+def result(name):
+    return json.loads((ROOT / "nbs/results" / name).read_text())
+
+
+def test_readme_times_and_errors_come_from_result_files():
+    readme = (ROOT / "README.md").read_text()
+    parity = result("parity.json")["rows"]
+    assert all(row["verdict"] == "ok" for row in parity)
+    assert f"{len(parity)} of {len(parity)} within 1e-5" in readme
+    assert f"the largest error {max(row['error'] for row in parity if row['tolerance'] == 1e-5):.1e}" in readme
+    speed = {(m["config"], m["setting"]): m["frames_per_second"] for m in result("speed.json")["models"]}
+    ratio = result("speed.json")["ratio"]
+    for model in ("voxel0100_r50_800x320_cbgs", "voxel0075_vov_1600x640_cbgs"):
+        for setting in ("plain", "fast"):
+            cmt, aqr = speed[f"cmt_{model}", setting], speed[f"cmt_aqr_{model}", setting]
+            assert f"| {cmt:.1f} | {aqr:.1f} | {ratio[f'cmt_aqr_{model} {setting}']:.3f} |" in readme
+    ratios = result("attention.json")["ratios"]
+    for name, label in (("2x900x22384w8", "900 × 22,384, 8"), ("2x900x56400w15", "900 × 56,400, 15"), ("2x1792x56400w15", "1,792 × 56,400, 15")):
+        fused, dense = (ratios[f"shapes/{name}"][way] for way in ("fused_planned", "efficient_dense"))
+        own = [fused[phase]["to_cudnn_queued"] for phase in ("forward", "forward_backward")]
+        assert f"| {label} | {own[0]:.2f} | {own[1]:.2f} | {dense['forward_backward']['to_cudnn']:.1f} |" in readme
 
 
 def run_with_torch_alone(code, folder):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['flash_bias', 'global_bias_factors', 'DecompositionError', 'decompose']
 
-# %% ../../nbs/15b_lowrank.ipynb #9b64c1c6
-from importlib.util import find_spec
+# %% ../../nbs/15b_lowrank.ipynb #a48da2b3
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .reference import _check_heads
+from .window import _installed
 from ..bias import LocalBias
 
-# %% ../../nbs/15b_lowrank.ipynb #96032f89
+# %% ../../nbs/15b_lowrank.ipynb #8296bf9c
 _SDPA = {'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'efficient': SDPBackend.EFFICIENT_ATTENTION,
          'math': SDPBackend.MATH}
 _BACKENDS = ('auto', *_SDPA, 'flash_attn')
 _MAX_CHANNELS = 256
-_FLASH_ATTN = find_spec('flash_attn') is not None
+_FLASH_ATTN = _installed('flash_attn')
 
 
 def _flash_obstacle(q, k, channels, backend):

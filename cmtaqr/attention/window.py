@@ -15,19 +15,19 @@ from torch import Tensor
 from .reference import _check_bias, _check_heads, window_attention_reference
 from ..geometry import Windows
 
-# %% ../../nbs/14c_window.ipynb #78cb4acf
+# %% ../../nbs/14c_window.ipynb #2a469e07
 _DTYPES = torch.float16, torch.bfloat16, torch.float32
 _HEAD_DIMS = 16, 32, 64, 128
 
 
-def _has_triton():
+def _installed(package):
     try:
-        return find_spec('triton') is not None
+        return find_spec(package) is not None
     except ImportError:
         return False
 
 
-_TRITON = _has_triton()
+_TRITON = _installed('triton')
 
 
 def _obstacle(q):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FULL', 'difference', 'profile', 'measure', 'main', 'plot_speed']
 
-# %% ../../nbs/58_speed.ipynb #f6c92d8c
+# %% ../../nbs/58_speed.ipynb #68d49c16
 import argparse
+import gc
 import inspect
 import sys
 import time
@@ -66,7 +67,7 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #a9fc8d17
+# %% ../../nbs/58_speed.ipynb #b76f4c52
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
@@ -96,6 +97,9 @@ def profile(model, frames, rows=15):
 @torch.no_grad()
 def _prepare(cfg, frames, device, options, state, warmup):
     """An accelerated model, its weights for the next one, and facts: memory in MiB (that of graphs is only in `reserved`)."""
+    if device.type == "cuda":  # what an earlier model has left would count as negative
+        gc.collect()
+        torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     original = speed_model(cfg, frames[0], device, state)
     if state is None:
