@@ -1,12 +1,15 @@
-"""Cases of the fused attention kernels and their errors against float64; as a script, printed as JSON lines: `interpreter`, or `gpu` (in parallel)."""
+"""Cases of the fused attention kernels and their errors against float64.
+
+Run as a script it prints them as JSON lines: those of the CPU, or, with the argument `gpu`, those of the GPU, many at a time."""
 import json
 import math
 import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -27,18 +30,17 @@ STEPS = dict(block=16, tile=16)
 @contextmanager
 def launched(block=fused.BLOCK, tile=fused.TILE, **settings):
     """Launch the kernels in a given way for a while: queries and keys per step, and fields of `Launch`."""
-    with ExitStack() as stack:
-        for name, value in (("BLOCK", block), ("TILE", tile), *((("launch_for", lambda dim, dtype: Launch(**settings)),) if settings else ())):
-            stack.enter_context(mock.patch.object(fused, name, value))
+    changes = dict(launch_for=lambda dim, dtype: Launch(**settings)) if settings else {}
+    with mock.patch.multiple(fused, BLOCK=block, TILE=tile, **changes):
         yield
 
 
 def random_inputs(windows, heads=2, dim=16, dtype=torch.float32, seed=0, spread=1.0, limit=5.0, offset=0.0):
-    """q, k, v, value (up to ±limit) and the gradient of the output; q, k, v rounded to dtype. All q·k are offset² lower than otherwise."""
+    """q, k, v, value (up to ±limit) and gradient of the output; an offset lowers all q·k by its square."""
     device, (batch, queries) = windows.cells.device, windows.seen.shape[:2]
     g = torch.Generator(device).manual_seed(seed)
-    keys = windows.layout.num_keys
-    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in (queries, keys, keys, queries))
+    lengths = queries, windows.layout.num_keys, windows.layout.num_keys, queries
+    q, k, v, grad = (torch.randn(batch, heads, n, dim, device=device, generator=g).to(dtype) for n in lengths)
     if offset:
         q[..., 0], k[..., 0] = offset, -offset
     return q * spread, k, v, (2 * torch.rand(batch, queries, 2, device=device, generator=g) - 1) * limit, grad
@@ -62,34 +64,33 @@ def largest_errors(results):
     return errors
 
 
-def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs=(True,) * 4, memory="heads inside", masked=False, launch=None,
-            given_layout=True, chunk_size=None, **options):
-    """Largest errors of output and gradients of the fused kernels and of torch's attention with a dense bias in the same dtype, against float64.
+def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs=(True,) * 4, memory="heads inside", masked=False,
+            launch=None, given_layout=True, **options):
+    """Largest errors of the fused kernels and of torch's attention with a dense bias in the same dtype, against float64.
 
     Returns:
-        `largest_errors`; only of what `needs` (q, k, v, value) asks for. What must be zero exactly is checked here.
+        `largest_errors` of the output and of the gradients that `needs` (q, k, v, value) asks for. Zeros are checked here.
     """
     *tensors, grad = random_inputs(windows, heads, dim, dtype, **options)
     grad, mask, settings = in_memory(grad, memory), random_mask(windows) if masked else None, KINDS[kind]
-    needs = needs if settings is not None else (*needs[:3], False)
+    blocked = None if mask is None else mask[:, None].expand(-1, len(grad[0, 0]), -1)
+    needs, layout = needs if settings is not None else (*needs[:3], False), windows.layout if given_layout else None
     results = []
     for way in ("triton", "plain", "exact"):
-        inputs = [t.double() if way == "exact" else t for t in tensors]
-        inputs = [t.detach().requires_grad_(need) for t, need in zip((*(in_memory(t, memory) for t in inputs[:3]), inputs[3].clone()), needs)]
+        inputs = [t.double() if way == "exact" else t.clone() for t in tensors]
+        inputs[:3] = (in_memory(t, memory) for t in inputs[:3])
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs)]
         q, k, v, value = inputs
         bias = None if settings is None else LocalBias(windows, value, **settings)
-        if way == "triton":
-            with launched(**(launch or {})):
-                out = biased_attention(q, k, v, bias, backend="triton", key_mask=mask, layout=windows.layout if given_layout else None)
-                found = torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad) if any(needs) else ()
-        else:
-            if way == "plain":
+        with launched(**(launch or {})):
+            if way == "triton":
+                out = biased_attention(q, k, v, bias, backend="triton", key_mask=mask, layout=layout)
+            elif way == "plain":
                 out = biased_attention(q, k, v, bias, backend="sdpa", key_mask=mask)
             else:
-                blocked = None if mask is None else mask[:, None].expand(-1, q.shape[2], -1)
-                out = attention_reference(q, k, v, bias, blocked, chunk_size=chunk_size)
-            found = torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad.to(out.dtype)) if any(needs) else ()
-        found = iter(found)
+                out = attention_reference(q, k, v, bias, blocked)
+            asked = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(out, asked, grad.to(out.dtype)) if asked else ())
         results.append({"out": out.detach(), **{f"d{n}": next(found) for n, need in zip(INPUTS, needs) if need}})
     ours = results[0]
     if masked and len(windows.cells) > 1:
@@ -103,20 +104,20 @@ def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs
     return largest_errors({name: [r[name] for r in results] for name in ours})
 
 
-def generator_errors(scale, dtype=torch.float32, device="cpu", **options):
-    """Errors through the bias generator: weights of -1, 1 and between, its scale at a bound; gradients of weights and scale too."""
+def generator_errors(scale, device="cpu", **options):
+    """Errors through the bias generator: weights of -1, 1 and between, its scale at a bound; of their gradients too."""
     windows = random_windows(TINY, 2, 20, 1, share=0.7, device=device)
-    q, k, v, weights, grad = random_inputs(windows, heads=1, dtype=dtype, limit=1.0)
+    q, k, v, weights, grad = random_inputs(windows, heads=1, limit=1.0)
     weights[:, ::3] = weights[:, ::3].sign()
     results = []
-    for way in ("triton", "plain", "exact"):
+    for way, backend in (("triton", "triton"), ("plain", "sdpa"), ("exact", "reference")):
         generator = AttentionBiasGenerator([2, 3], bias_scale=scale, min_scale=0.5, max_scale=5.0, **options).to(device)
         inputs = [(t.double() if way == "exact" else t).clone().requires_grad_() for t in (q, k, v, weights)]
         generator = generator.double() if way == "exact" else generator
         bias = generator(inputs[3], windows)
         # from forward to backward pass: the order of the queries is made of blocks of one size
         with launched(**STEPS):
-            out = biased_attention(*inputs[:3], bias, backend={"triton": "triton", "plain": "sdpa", "exact": "reference"}[way])
+            out = biased_attention(*inputs[:3], bias, backend=backend)
             results.append([out.detach(), *torch.autograd.grad(out, (*inputs, generator.bias_scale), grad.to(out.dtype))])
     assert torch.count_nonzero(results[0][4]) > 0 and (results[0][5] != 0) == (results[2][5] != 0)
     return largest_errors(dict(zip(("out", "dq", "dk", "dv", "dweights", "dscale"), zip(*results))))
@@ -136,7 +137,7 @@ def _cases():
 
     cases = {}
     for kind in KINDS:
-        cases[f"{kind}, default launch, 70 queries"] = case(lambda: small(70), kind=kind, launch=None)
+        cases[f"{kind}, default launch, 70 queries"] = case(lambda: small(70, layout=TINY), kind=kind, launch=None)
         cases[f"{kind}, small steps, batch 2, masked"] = case(lambda: small(20, 2, TINY), kind=kind, masked=True, heads=2)
         cases[f"{kind}, LiDAR alone"] = case(lambda: border_windows(LIDAR, [4, 3]), kind=kind)
         cases[f"{kind}, cameras alone"] = case(lambda: border_windows(CAMERA, [4, 3]), kind=kind)
@@ -165,17 +166,19 @@ def _cases():
         "steep bias": case(small, limit=10.0, kind="gaussian"),
         "splits: one": case(small, launch=dict(block=16, tile=16, occupancy=1)),
         "splits: eight": case(small, launch=dict(block=16, tile=16, occupancy=100)),
-        "splits: eight, global": case(small, launch=dict(block=16, tile=16, occupancy=100), kind="global"),
+        "splits: eight, global": case(lambda: small(layout=TINY), launch=dict(block=16, tile=16, occupancy=100), kind="global"),
         "blocks of 64, tiles of 16": case(lambda: small(70), launch=dict(block=64, tile=16)),
         "blocks of 16, tiles of 64": case(lambda: small(70), launch=dict(block=16, tile=64)),
-        "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((3, 4), None)), launch=dict(block=16, tile=64, occupancy=1)),
+        "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((3, 4), None)), launch=dict(block=16, occupancy=1)),
         **{f"head dimension {dim}": case(small, dim=dim, launch=None) for dim in (32, 64, 128)},
         **{f"in memory: {kind}": case(small, memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
-        **{f"gradients of {', '.join(n for n, need in zip(INPUTS, needs) if need) or 'nothing'}": case(lambda: small(layout=TINY), needs=needs)
-           for needs in [tuple(bool(i >> j & 1) for j in range(4)) for i in range(15)]},
-        **{f"generator, scale {scale}, {name}": (lambda device, scale=scale, options=options: generator_errors(scale, device=device, **options))
-           for scale in (0.5, 5.0) for name, options in (("uniform", {}), ("Gaussian", dict(use_gaussian_window=True)), ("global", dict(use_local_bias=False)))},
     })
+    for needs in [tuple(bool(i >> j & 1) for j in range(4)) for i in range(15)]:
+        wanted = ", ".join(n for n, need in zip(INPUTS, needs) if need) or "nothing"
+        cases[f"gradients of {wanted}"] = case(lambda: small(layout=TINY), needs=needs)
+    for scale in (0.5, 5.0):
+        for options in ({}, dict(use_gaussian_window=True), dict(use_local_bias=False)):
+            cases[f"generator, scale {scale}, {' '.join(options) or 'uniform'}"] = partial(generator_errors, scale, **options)
     return cases
 
 
@@ -224,14 +227,15 @@ def check_operator(device="cpu"):
         outputs = attention_op(q, k, v, *tensors, *rest)
         for wants in ([True, True, True, biased], [False, True, False, False], [True, False, False, False]):
             arguments = [t.detach() for t in (grad, q, k, v, *tensors, *outputs[1:])]
-            torch.library.opcheck(attention_backward_op, (*arguments, *rest, wants), test_utils=("test_schema", "test_faketensor"))
+            checks = "test_schema", "test_faketensor"
+            torch.library.opcheck(attention_backward_op, (*arguments, *rest, wants), test_utils=checks)
     torch.library.opcheck(plan_op, (windows.cells, windows.seen, layout, 16, 16))
 
 
 def check_zero_bias(device="cpu"):
     """Without a bias, but with the layout given: the bits of a bias of 0, in the output and in the gradient of the queries."""
     # keys sum over the queries, which a window puts in another order
-    for dtype, kinds, tolerance in ((torch.float32, ("uniform", "gaussian", "global"), 1e-6), (torch.float16, ("uniform",), 2e-3)):
+    for dtype, kinds, tolerance in ((torch.float32, list(KINDS)[1:], 1e-6), (torch.float16, ["uniform"], 2e-3)):
         windows = small(20, 2, TINY, device=device)
         *inputs, grad = random_inputs(windows, heads=1, dtype=dtype)
         inputs, zero = [t.requires_grad_() for t in inputs[:3]], torch.zeros(2, 20, 2, device=device)
@@ -271,7 +275,7 @@ def check_plan(device="cpu"):
 
 
 def check_nan_value(device="cpu"):
-    """NaN as a query's value: NaN for that query where it has a window of that sensor, and the same bits as ever for all others."""
+    """NaN as a query's value: NaN for that query if it has a window of that sensor, and the same bits as ever for all others."""
     for kind in ("uniform", "gaussian", "global"):
         windows = small(20, 1, TINY, device=device)
         *inputs, grad = random_inputs(windows, heads=1)
@@ -303,53 +307,60 @@ def check_far_windows(device="cpu"):
 
 
 def check_low_scores(device="cpu"):
-    """All scores of a query far below 0, which softmax does not notice: keys beyond a map's end, whose score is 0, must not count."""
+    """All scores of a query far below 0, which softmax does not notice: the score 0 of keys beyond a map's end must not count."""
     for dtype, offset, kinds in ((torch.float16, 14.0, KINDS), (torch.float32, 40.0, ("none", "uniform"))):
         for kind in kinds:
             errors = measure(small(20, layout=TINY, device=device), kind, 1, dtype=dtype, launch=STEPS, offset=offset)
             # the offset's own channel multiplies rounding errors that sum to 0 otherwise
-            assert all(ours <= 3 * plain + 1e-2 * max(largest, 1.0) for ours, plain, largest in errors.values()), (dtype, kind, errors)
+            for name, (ours, plain, largest) in errors.items():
+                assert ours <= 3 * plain + 1e-2 * max(largest, 1.0), (dtype, kind, name, ours, plain, largest)
 
 
-CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "empty sizes": check_empty_sizes, "NaN value": check_nan_value,
-          "far windows": check_far_windows, "low scores": check_low_scores}
+CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "empty sizes": check_empty_sizes,
+          "NaN value": check_nan_value, "far windows": check_far_windows, "low scores": check_low_scores}
 
 
 FULL = TokenLayout((128, 128), (6, 20, 50)), TokenLayout((180, 180), (6, 40, 100))
 # Layouts of the key counts of the requirements: 1, 127, 22,384 and 56,400.
 COUNTED = {1: TokenLayout((1, 1), None), 127: TokenLayout((7, 13), (2, 3, 6)), 22384: FULL[0], 56400: FULL[1]}
-LAUNCHES = {"default": {}, **{f"block {block}, tile {tile}": dict(block=block, tile=tile) for block, tile in ((32, 32), (64, 32), (32, 128), (128, 64))},
+STEP_SIZES = (32, 32), (64, 32), (32, 128), (128, 64)
+LAUNCHES = {"default": {},
+            **{f"block {block}, tile {tile}": dict(block=block, tile=tile) for block, tile in STEP_SIZES},
             "any registers": dict(forward=(4, 3, None), query=(4, 3, None), key=(4, 3, None)),
             "8 warps": dict(forward=(8, 3, None), query=(8, 3, None), key=(8, 3, None)),
             "2 warps, no pipeline": dict(forward=(2, 1, None), query=(2, 1, None), key=(2, 1, None)),
-            "one split": dict(occupancy=1), "eight splits": dict(occupancy=1000)}
+            "one split": dict(occupancy=0), "eight splits": dict(occupancy=1000)}
 
 
-def counted_errors(queries, keys, kind, dtype, dim):
-    windows = random_windows(COUNTED[keys], 2 if keys < 1000 else 1, queries, [15, 8] if keys > 30000 else [8, 8], share=0.4, seed=queries, device="cuda")
-    return measure(windows, kind, heads=2, dim=dim, dtype=dtype)
+def counted_errors(queries, keys, kind, dtype, device="cuda"):
+    batch, sizes = (2 if keys < 1000 else 1), ([15, 8] if keys > 30000 else [8, 8])
+    windows = random_windows(COUNTED[keys], batch, queries, sizes, share=0.4, seed=queries, device=device)
+    return measure(windows, kind, 2, 32, dtype)
 
 
-def launch_errors(name):
-    return measure(random_windows(FULL[0], 1, 200, [8, 8], share=0.4, device="cuda"), "uniform", 2, 32, torch.bfloat16, launch=LAUNCHES[name])
+def launch_errors(name, device="cuda"):
+    windows = random_windows(FULL[0], 1, 200, [8, 8], share=0.4, device=device)
+    return measure(windows, "uniform", 2, 32, torch.bfloat16, launch=LAUNCHES[name])
 
 
-def widest_errors():
-    return measure(small(70, 2, device="cuda"), "uniform", 2, 128, torch.float32)
+def widest_errors(device="cuda"):
+    return measure(small(70, 2, device=device), "uniform", 2, 128, torch.float32)
 
 
-# Triton compiles a kernel anew where a size turns 1 or a multiple of 16. Random cases keep to sizes that are neither, so that 500 share few programs.
-PROGRAMS = [(torch.bfloat16, 16, "uniform", False), (torch.bfloat16, 16, "global", True), (torch.bfloat16, 32, "uniform", False),
-            (torch.bfloat16, 32, "gaussian", False), (torch.bfloat16, 32, "global", False), (torch.bfloat16, 32, "uniform", True),
-            (torch.bfloat16, 32, "none", False), (torch.bfloat16, 64, "uniform", False), (torch.bfloat16, 64, "gaussian", True),
-            (torch.bfloat16, 128, "uniform", False), (torch.float16, 16, "gaussian", False), (torch.float16, 32, "uniform", False),
-            (torch.float16, 32, "none", True), (torch.float16, 64, "global", False), (torch.float16, 128, "gaussian", False),
-            (torch.float32, 16, "uniform", True), (torch.float32, 32, "uniform", False), (torch.float32, 32, "gaussian", False),
-            (torch.float32, 16, "global", False), (torch.float32, 64, "uniform", False)]
+# Triton compiles a kernel anew where a size turns 1 or a multiple of 16. Random cases keep to sizes that are neither, so that 500
+# share few programs.
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PROGRAMS = [(BF16, 16, "uniform", False), (BF16, 16, "global", True), (BF16, 32, "uniform", False),
+            (BF16, 32, "gaussian", False), (BF16, 32, "global", False), (BF16, 32, "uniform", True),
+            (BF16, 32, "none", False), (BF16, 64, "uniform", False), (BF16, 64, "gaussian", True),
+            (BF16, 128, "uniform", False), (FP16, 16, "gaussian", False), (FP16, 32, "uniform", False),
+            (FP16, 32, "none", True), (FP16, 64, "global", False), (FP16, 128, "gaussian", False),
+            (FP32, 16, "uniform", True), (FP32, 32, "uniform", False), (FP32, 32, "gaussian", False),
+            (FP32, 16, "global", False), (FP32, 64, "uniform", False)]
 DRAWS = 26
 
 
-def random_case(program, draw):
+def random_case(program, draw, device="cuda"):
     """Errors of one of `DRAWS` random cases of one of `PROGRAMS`."""
     dtype, dim, kind, masked = PROGRAMS[program]
     g = torch.Generator().manual_seed(1000 * program + draw)
@@ -367,11 +378,12 @@ def random_case(program, draw):
                 return size
 
     layout = TokenLayout(pair(40, 60) if draw % 8 != 7 else None, (between(2, 6), *pair(20, 50)) if draw % 8 != 6 else None)
-    queries = between(65, 300) if draw % 4 else between(2, 63)
-    windows = random_windows(layout, between(2, 4), queries, [between(2, 15), between(2, 12)], share=between(2, 9) / 10, seed=draw, device="cuda")
-    needs = [(True,) * 4, (True, False, False, True), (False, True, False, False), (False, False, False, True)][draw % 7 if draw % 7 < 4 else 0]
-    memory = ["heads inside", "heads outside", "sliced"][draw % 5 if draw % 5 < 3 else 0]
-    return measure(windows, kind, between(2, 6), dim, dtype, needs, memory, masked, seed=draw, spread=between(2, 6) / 2, limit=between(2, 5))
+    queries, sizes = between(65, 300) if draw % 4 else between(2, 63), [between(2, 15), between(2, 12)]
+    windows = random_windows(layout, between(2, 4), queries, sizes, share=between(2, 9) / 10, seed=draw, device=device)
+    needs = {1: (True, False, False, True), 2: (False, True, False, False), 3: (False, False, False, True)}
+    memory = {1: "heads outside", 2: "sliced"}.get(draw % 5, "heads inside")
+    options = dict(seed=draw, spread=between(2, 6) / 2, limit=between(2, 5))
+    return measure(windows, kind, between(2, 6), dim, dtype, needs.get(draw % 7, (True,) * 4), memory, masked, **options)
 
 
 def run(job):
@@ -389,18 +401,17 @@ def run_several(job):
 
 
 def gpu_jobs():
-    """Lists of jobs; those of a list share compiled programs."""
-    jobs = [[(f"random {program}.{draw}", random_case, (program, draw)) for draw in range(DRAWS)] for program in reversed(range(len(PROGRAMS)))]
-    jobs += [[(f"counted {queries} x {keys}", counted_errors, (queries, keys, kind, dtype, 32)) for queries in (1, 63, 900, 1100, 1800)]
-             for keys, kind, dtype in ((1, "uniform", torch.float16), (127, "gaussian", torch.bfloat16), (22384, "uniform", torch.bfloat16),
-                                       (56400, "uniform", torch.float16))]
+    """Lists of jobs; those of a list share compiled programs. The slowest to compile come first."""
+    numbers = reversed(range(len(PROGRAMS)))
+    jobs = [[(f"random {program}.{draw}", random_case, (program, draw)) for draw in range(DRAWS)] for program in numbers]
+    for keys, kind, dtype in ((1, "uniform", FP16), (127, "gaussian", BF16), (22384, "uniform", BF16), (56400, "uniform", FP16)):
+        jobs.append([(f"counted {n} x {keys}", counted_errors, (n, keys, kind, dtype)) for n in (1, 63, 900, 1100, 1800)])
     jobs += [[(f"launch {name}", launch_errors, (name,))] for name in LAUNCHES]
-    return jobs + [[("dimension 128, float32", widest_errors, ())]]
+    return [*jobs, [("dimension 128, float32", widest_errors, ())]]
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     if sys.argv[1:] == ["gpu"]:
         with multiprocessing.get_context("spawn").Pool(min(12, os.cpu_count() or 1)) as pool:
             for results in pool.imap_unordered(run_several, gpu_jobs()):

@@ -32,12 +32,12 @@ if __name__ == "__main__":
     for dtype, dim in ((torch.bfloat16, 32), (torch.float16, 64), (torch.float32, 16)):
         for kind in KINDS:
             for masked, queries in ((False, 70), (True, 5)):
-                windows = small(queries, 2, device="cuda")
-                name = f"biased attention, {kind}, {'some keys ignored' if masked else 'all keys'}, {queries} queries, {dim} channels, {dtype}"
-                assert_accurate(name, measure(windows, kind, heads=2, dim=dim, dtype=dtype, masked=masked, memory="sliced"), dtype)
+                errors = measure(small(queries, 2, device="cuda"), kind, 2, dim, dtype, masked=masked, memory="sliced")
+                name = f"bias: {kind}, {queries} queries, {'some keys' if masked else 'nothing'} ignored, {dtype}"
+                assert_accurate(name, errors, dtype)
         for layout in (window_cases.LIDAR, window_cases.CAMERA):
-            windows = window_cases.border_windows(layout, [4, 3], device="cuda")
-            assert_accurate(f"biased attention, windows at the borders of {layout}, {dtype}", measure(windows, heads=1, dim=dim, dtype=dtype), dtype)
-        windows = small(40, 2, device="cuda")
-        assert_accurate(f"window attention, {dim} channels, {dtype}", window_cases.measure(windows, dim=dim, dtype=dtype, memory="sliced"), dtype)
+            errors = measure(window_cases.border_windows(layout, [4, 3], device="cuda"), heads=1, dim=dim, dtype=dtype)
+            assert_accurate(f"windows at the borders of {layout}, {dtype}", errors, dtype)
+        errors = window_cases.measure(small(40, 2, device="cuda"), dim=dim, dtype=dtype, memory="sliced")
+        assert_accurate(f"attention to the windows only, {dtype}", errors, dtype)
     torch.cuda.synchronize()

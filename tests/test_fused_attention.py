@@ -15,32 +15,32 @@ from cmtaqr.geometry import TokenLayout, Windows
 from window_cases import SMALL, random_windows
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed: pip install triton to test the fused kernels, on the CPU in its interpreter", allow_module_level=True)
+    pytest.skip("Triton is not installed: pip install triton to test the fused kernels", allow_module_level=True)
 
 import fused_cases
 from fused_cases import CASES, CHECKS, FULL, INPUTS, KINDS, LAUNCHES, computed, random_inputs, same_bits
 
-# What a result may differ from float64 by where torch's attention happens to be exact, as a share of the largest value (at least 1).
+# What a result may differ from float64 by where torch's attention happens to be exact, as a share of the largest value, or of 1.
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 
 def assert_accurate(errors, dtype, name=""):
-    """At most twice (output) or three times (gradients) the error of torch's own attention with a dense bias in the same dtype."""
+    """At most twice (output) or three times (gradients) the error of torch's attention with a dense bias in the same dtype."""
     for tensor, (ours, plain, largest) in errors.items():
-        assert ours <= (2 if tensor == "out" else 3) * plain + FLOOR[dtype] * max(largest, 1.0), (name, tensor, ours, plain, largest)
+        factor = 2 if tensor == "out" else 3
+        assert ours <= factor * plain + FLOOR[dtype] * max(largest, 1.0), (name, tensor, ours, plain, largest)
 
 
 def script(environment, *arguments, timeout=None):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, fused_cases.__file__, *arguments], capture_output=True, text=True, env=env, cwd=Path(__file__).parent,
-                          timeout=timeout)
+    command, env = [sys.executable, fused_cases.__file__, *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parent, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Every case, computed by Triton's interpreter in one process of its own: the interpreter must be chosen before Triton is imported."""
+    """Every case, by Triton's interpreter in one process of its own: the interpreter must be chosen before Triton is imported."""
     return script({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -82,26 +82,37 @@ def replaced(bias, windows=None, value=None, **changes):
 
 
 @pytest.mark.parametrize("error, message, call", [
-    (ValueError, r"needs q \[B, H, Q, D\] and k, v \[B, H, K, D\], got \[2, 9, 16\]", lambda q, k, v, b: biased(q[:, 0], k, v, b)),
+    (ValueError, r"needs q \[B, H, Q, D\] and k, v \[B, H, K, D\], got \[2, 9, 16\]",
+     lambda q, k, v, b: biased(q[:, 0], k, v, b)),
     (ValueError, r"needs q .* got .*\[2, 2, 288, 8\]", lambda q, k, v, b: biased(q, k[..., :8], v[..., :8], b)),
     (ValueError, r"\(2, 9, 288\), but q and k hold \(2, 9, 287\)", lambda q, k, v, b: biased(q, k[:, :, 1:], v[:, :, 1:], b)),
     (ValueError, r"\(2, 9, 288\), but q and k hold \(2, 8, 288\)", lambda q, k, v, b: biased(q[:, :, 1:], k, v, b)),
     (ValueError, r"\(2, 9, 288\), but q and k hold \(1, 9, 288\)", lambda q, k, v, b: biased(q[:1], k[:1], v[:1], b)),
-    (ValueError, r"the layout has 127 keys, but k holds 288", lambda q, k, v, b: biased(q, k, v, None, layout=fused_cases.COUNTED[127])),
-    (ValueError, r"key_mask must be bool \[B, K\] = \[2, 288\].* got torch.float32", lambda q, k, v, b: biased(q, k, v, b, key_mask=torch.zeros(2, 288))),
-    (ValueError, r"key_mask must be bool .* got torch.bool \[2, 287\]", lambda q, k, v, b: biased(q, k, v, b, key_mask=torch.zeros(2, 287) > 0)),
-    (ValueError, r"bias values must be \[B, Q, 2\] = \[2, 9, 2\]", lambda q, k, v, b: biased(q, k, v, replaced(b, value=b.value[:, :8]))),
+    (ValueError, r"the layout has 127 keys, but k holds 288",
+     lambda q, k, v, b: biased(q, k, v, None, layout=fused_cases.COUNTED[127])),
+    (ValueError, r"key_mask must be bool \[B, K\] = \[2, 288\].* got torch.float32",
+     lambda q, k, v, b: biased(q, k, v, b, key_mask=torch.zeros(2, 288))),
+    (ValueError, r"key_mask must be bool .* got torch.bool \[2, 287\]",
+     lambda q, k, v, b: biased(q, k, v, b, key_mask=torch.zeros(2, 287) > 0)),
+    (ValueError, r"bias values must be \[B, Q, 2\] = \[2, 9, 2\]",
+     lambda q, k, v, b: biased(q, k, v, replaced(b, value=b.value[:, :8]))),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k.to("meta"), v, b)),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v.to("meta"), b)),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, value=b.value.to("meta")))),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.to("meta")))),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, seen=b.windows.seen.to("meta")))),
-    (ValueError, r"cells .* int64 or int32 and seen .* bool, got torch.float32", lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.float()))),
-    (ValueError, r"seen .* bool, got torch.int64 and torch.uint8", lambda q, k, v, b: biased(q, k, v, replaced(b, seen=b.windows.seen.byte()))),
-    (RuntimeError, r"backend='triton': .* one dtype, got torch.float32, torch.float16, torch.float32", lambda q, k, v, b: biased(q, k.half(), v, b)),
-    (RuntimeError, r"backend='triton': the kernels compute in .* got torch.float64", lambda q, k, v, b: biased(q.double(), k.double(), v.double(), b)),
-    (RuntimeError, r"backend='triton': the kernels take head dimensions .* got 12", lambda q, k, v, b: biased(q[..., :12], k[..., :12], v[..., :12], b)),
-    (RuntimeError, r"backend='triton': .* no attn_mask", lambda q, k, v, b: biased(q, k, v, b, attn_mask=torch.zeros(9, 288) > 0)),
+    (ValueError, r"cells .* int64 or int32 and seen .* bool, got torch.float32",
+     lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.float()))),
+    (ValueError, r"seen .* bool, got torch.int64 and torch.uint8",
+     lambda q, k, v, b: biased(q, k, v, replaced(b, seen=b.windows.seen.byte()))),
+    (RuntimeError, r"backend='triton': .* one dtype, got torch.float32, torch.float16, torch.float32",
+     lambda q, k, v, b: biased(q, k.half(), v, b)),
+    (RuntimeError, r"backend='triton': the kernels compute in .* got torch.float64",
+     lambda q, k, v, b: biased(q.double(), k.double(), v.double(), b)),
+    (RuntimeError, r"backend='triton': the kernels take head dimensions .* got 12",
+     lambda q, k, v, b: biased(q[..., :12], k[..., :12], v[..., :12], b)),
+    (RuntimeError, r"backend='triton': .* no attn_mask",
+     lambda q, k, v, b: biased(q, k, v, b, attn_mask=torch.zeros(9, 288) > 0)),
     (RuntimeError, r"backend='triton': .* \(dropout_p=0.1\)", lambda q, k, v, b: biased(q, k, v, b, dropout_p=0.1)),
     (ValueError, r"scale=-1.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=-1.0)),
     (ValueError, r"scale=0.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=0.0)),
@@ -186,7 +197,8 @@ def test_gpu_repeats_are_bit_equal_whatever_memory_held(kernels):
     assert all(t.isfinite().all() for t in first)
     for _ in range(100):
         # blocks of the sizes that the kernels will ask for, filled with NaN, and with indices that lie far outside
-        junk = [torch.full((2**26,), float("nan"), device=kernels), torch.full((2**20,), 2**31 - 1, dtype=torch.int32, device=kernels)]
+        junk = [torch.full((2**26,), float("nan"), device=kernels)]
+        junk.append(torch.full((2**20,), 2**31 - 1, dtype=torch.int32, device=kernels))
         junk += [torch.full_like(t, float("nan")) for t in (*first, *first)]
         del junk
         assert same_bits(computed(inputs, grad, bias), first)
@@ -219,12 +231,15 @@ def test_gpu_compiled_as_a_whole(kernels):
         out = function(*inputs, bias.windows)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
     assert same_bits(*results)
-    torch.library.opcheck(fused_cases.plan_op, (bias.windows.cells, bias.windows.seen, fused_cases.layout_numbers(bias.windows), 64, 64))
 
 
 @pytest.mark.gpu
 def test_gpu_operator(kernels):
     fused_cases.check_operator(kernels)
+
+
+def places(bias):
+    return bias.windows.cells, bias.windows.seen
 
 
 @pytest.mark.gpu
@@ -248,7 +263,7 @@ def test_gpu_graph_replays_with_new_inputs_and_reads_nothing_back(kernels, kind)
     with torch.cuda.graph(graph):
         found = computed(inputs, grad, bias)
     with torch.no_grad():
-        for mine, new in zip((*inputs, bias.windows.cells, bias.windows.seen), (*others, other.windows.cells, other.windows.seen)):
+        for mine, new in zip((*inputs, *places(bias)), (*others, *places(other))):
             mine.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
@@ -345,10 +360,9 @@ def test_gpu_offsets_beyond_32_bits(kernels):
     q, k, v, value, _ = random_inputs(windows, heads, 32, torch.float16)
     assert k.numel() > 2**31
     last = slice(batch - 1, batch)
-    with torch.no_grad(), fused_cases.launched(occupancy=1):
+    few = Windows(windows.layout, windows.cells[last], windows.seen[last], windows.sizes)
+    # one sample alone would split the keys otherwise
+    with torch.no_grad(), fused_cases.launched(occupancy=0):
         for settings in (KINDS["uniform"], KINDS["global"]):
             out = biased(q, k, v, LocalBias(windows, value, **settings))
-            few = Windows(windows.layout, windows.cells[last], windows.seen[last], windows.sizes)
-            # a batch of one would split the keys otherwise: the last sample, as often as there are samples of one
-            expected = biased(q[last], k[last], v[last], LocalBias(few, value[last], **settings))
-            torch.testing.assert_close(out[last], expected, rtol=0, atol=2e-3)
+            assert torch.equal(out[last], biased(q[last], k[last], v[last], LocalBias(few, value[last], **settings)))
