@@ -115,7 +115,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
 def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale):
     return _empty_outputs(q)
 
-# %% ../../nbs/15_fused.ipynb #4095893f
+# %% ../../nbs/15_fused.ipynb #d9ce9e32
 @torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
 def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
                           ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
@@ -124,9 +124,9 @@ def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: 
     batch, heads, queries, dim = q.shape
     keys, launch, windowed = k.shape[2], launch_for(dim, q.dtype), kind in (1, 2)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dq, dk, dv, dvalue = _empty_gradients(q, k, v, value, wants)
     if not q.numel() or not keys:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dvalue.zero_()
+        return tuple(t.zero_() for t in _empty_gradients(q, k, v, value, wants))
+    dq, dvalue = _empty_query_gradients(q, value, wants)
     blocks, planes, groups = triton.cdiv(queries, BLOCK), batch * heads, (layout[0] > 0) + (layout[4] > 0) if kind else 1
     padded = blocks * BLOCK
     sorted_q, sorted_grad = (q.new_empty(groups, batch, heads, padded, dim) for _ in 'qg')
@@ -147,6 +147,8 @@ def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: 
             **_compiler(launch.query))
         _collect[(triton.cdiv(queries, 4), batch)](parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits, lidar_splits,
                                                    KIND=kind, VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
+        del parts, sums    # before the large gradients are allocated
+    dk, dv = _empty_key_gradients(k, v, wants)
     if dk.numel():
         tiles = layout[0] * triton.cdiv(maps[0], TILE) + layout[4] * triton.cdiv(maps[4], TILE)
         _key_gradients[(tiles, planes)](
@@ -155,11 +157,18 @@ def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: 
     return dq, dk, dv, dvalue
 
 
+def _empty_query_gradients(q, value, wants):
+    dq = _heads_inside(*q.shape, q) if wants[0] or wants[3] else q.new_empty(0)
+    return dq, torch.empty_like(value) if wants[3] else value.new_empty(0)
+
+
+def _empty_key_gradients(k, v, wants):
+    return [_heads_inside(*t.shape, t) if wants[1] or wants[2] else t.new_empty(0) for t in (k, v)]
+
+
 def _empty_gradients(q, k, v, value, wants):
-    batch, heads, queries, dim = q.shape
-    dq = _heads_inside(batch, heads, queries, dim, q) if wants[0] or wants[3] else q.new_empty(0)
-    dk, dv = (_heads_inside(batch, heads, k.shape[2], dim, k) for _ in 'kv') if wants[1] or wants[2] else (k.new_empty(0), v.new_empty(0))
-    return dq, dk, dv, torch.empty_like(value) if wants[3] else value.new_empty(0)
+    dq, dvalue = _empty_query_gradients(q, value, wants)
+    return dq, *_empty_key_gradients(k, v, wants), dvalue
 
 
 @attention_backward_op.register_fake
