@@ -11,7 +11,7 @@ import torch
 
 from cmtaqr.attention import biased_attention
 from cmtaqr.bias import LocalBias
-from cmtaqr.geometry import TokenLayout, Windows
+from cmtaqr.geometry import Windows
 from window_cases import SMALL, random_windows
 
 if importlib.util.find_spec("triton") is None:
@@ -62,13 +62,9 @@ def test_interpreter_check(interpreted, name):
     assert interpreted[name] is None, interpreted[name]
 
 
-def on(device, windows):
-    return Windows(windows.layout, windows.cells.to(device), windows.seen.to(device), windows.sizes)
-
-
-def bad_input(device="cpu", dtype=torch.float32, dim=16):
+def small_input():
     windows = random_windows(SMALL, 2, 9, [4, 3])
-    q, k, v, value, _ = random_inputs(windows, dim=dim, dtype=dtype)
+    q, k, v, value, _ = random_inputs(windows)
     return q, k, v, LocalBias(windows, value)
 
 
@@ -76,9 +72,8 @@ def biased(q, k, v, bias, **options):
     return biased_attention(q, k, v, bias, backend="triton", **options)
 
 
-def replaced(bias, windows=None, value=None, **changes):
-    windows = Windows(**{**vars(bias.windows), **changes})
-    return LocalBias(windows, bias.value if value is None else value)
+def replaced(bias, value=None, **changes):
+    return LocalBias(Windows(**{**vars(bias.windows), **changes}), bias.value if value is None else value)
 
 
 @pytest.mark.parametrize("error, message, call", [
@@ -119,7 +114,7 @@ def replaced(bias, windows=None, value=None, **changes):
 ])
 def test_bad_input_is_refused(error, message, call):
     with pytest.raises(error, match=message):
-        call(*bad_input())
+        call(*small_input())
 
 
 @pytest.fixture
