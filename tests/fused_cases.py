@@ -169,7 +169,7 @@ def _cases():
         "splits: eight, global": case(lambda: small(layout=TINY), launch=dict(block=16, tile=16, occupancy=100), kind="global"),
         "blocks of 64, tiles of 16": case(lambda: small(70), launch=dict(block=64, tile=16)),
         "blocks of 16, tiles of 64": case(lambda: small(70), launch=dict(block=16, tile=64)),
-        "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((3, 4), None)), launch=dict(block=16, occupancy=1)),
+        "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((16, 4), None), sizes=(1, 2))),
         **{f"head dimension {dim}": case(small, dim=dim, launch=None) for dim in (32, 64, 128)},
         **{f"in memory: {kind}": case(small, memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
     })
