@@ -159,10 +159,10 @@ def _cases():
         "larger than the maps, even": case(lambda: border_windows(TINY, [8, 6])),
         "every view": case(overlapping, kind="gaussian"),
         "batch 3, three heads": case(lambda: small(18, 3, TINY), masked=True, heads=3, launch=None),
-        "single cells": case(lambda: border_windows(SMALL, 1)),
+        "single cells": case(lambda: border_windows(TINY, 1)),
         "one camera": case(lambda: border_windows(TokenLayout(None, (1, 6, 10)), [4, 3])),
         "sharp scores": case(small, spread=4.0),
-        "sharp scores, global": case(small, spread=4.0, kind="global"),
+        "sharp scores, global": case(lambda: small(layout=TINY), spread=4.0, kind="global"),
         "steep bias": case(small, limit=10.0, kind="gaussian"),
         "splits: one": case(small, launch=dict(block=16, tile=16, occupancy=1)),
         "splits: eight": case(small, launch=dict(block=16, tile=16, occupancy=100)),
@@ -171,7 +171,7 @@ def _cases():
         "blocks of 16, tiles of 64": case(lambda: small(70), launch=dict(block=16, tile=64)),
         "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((16, 4), None), sizes=(1, 2))),
         **{f"head dimension {dim}": case(small, dim=dim, launch=None) for dim in (32, 64, 128)},
-        **{f"in memory: {kind}": case(small, memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
+        **{f"in memory: {kind}": case(lambda: small(layout=TINY), memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
     })
     for needs in [tuple(bool(i >> j & 1) for j in range(4)) for i in range(15)]:
         wanted = ", ".join(n for n, need in zip(INPUTS, needs) if need) or "nothing"
