@@ -171,7 +171,8 @@ def _cases():
         "blocks of 16, tiles of 64": case(lambda: small(70), launch=dict(block=16, tile=64)),
         "more than 32 blocks": case(lambda: small(520, layout=TokenLayout((16, 4), None), sizes=(1, 2))),
         **{f"head dimension {dim}": case(small, dim=dim, launch=None) for dim in (32, 64, 128)},
-        **{f"in memory: {kind}": case(lambda: small(layout=TINY), memory=kind) for kind in ("heads outside", "sliced", "channels outside")},
+        **{f"in memory: {kind}": case(lambda: small(layout=TINY), memory=kind)
+           for kind in ("heads outside", "sliced", "channels outside")},
     })
     for needs in [tuple(bool(i >> j & 1) for j in range(4)) for i in range(15)]:
         wanted = ", ".join(n for n, need in zip(INPUTS, needs) if need) or "nothing"
