@@ -182,7 +182,8 @@ def test_patch_is_the_projected_rectangle_of_the_image(built, root, truth, choic
 def test_sampler_of_mmdet3d_loads_it(built):
     from mmdet3d.datasets.transforms.dbsampler import DataBaseSampler
     prepare = dict(filter_by_difficulty=[-1], filter_by_min_points=dict.fromkeys(CLASSES, 5))
-    sampler = DataBaseSampler(str(built / LIST), str(built), 1.0, prepare, dict(car=3), CLASSES, dict(type="LoadPointsFromFile", coord_type="LIDAR", load_dim=5, use_dim=5))
+    loader = dict(type="LoadPointsFromFile", coord_type="LIDAR", load_dim=5, use_dim=5)
+    sampler = DataBaseSampler(str(built / LIST), str(built), 1.0, prepare, dict(car=3), CLASSES, loader)
     enough = sum(record["num_points_in_gt"] >= 5 for record in records(built))
     assert sum(map(len, sampler.db_infos.values())) == enough
     for record in sampler.sample_class_v2("car", 3, np.zeros((0, 9), np.float32)):
@@ -256,7 +257,7 @@ def test_broken_files_are_listed_at_once_and_nothing_is_written(built, root, cap
     cv2.imwrite(str(back), np.zeros((90, 160, 3), np.uint8))
     assert main([str(root), "--workers", "1"]) == 1
     error = capsys.readouterr().err
-    assert "4 files" in error and "restore" in error
+    assert "broken files of" in error and ": 4;" in error and "restore" in error
     assert all(path.name in error for path in good) and "90 rows and 160 columns" in error
     assert not (root / LIST).exists() and not (root / FOLDER).exists() and not (root / "nuscenes_dbinfos_train.json").exists()
     for path, data in good.items():
@@ -304,6 +305,19 @@ def test_infos_go_on_where_they_stopped(world, tmp_path, monkeypatch):
         name: data for name, data in whole.items() if name != "nuscenes_infos.json"}
 
 
+def test_forced_run_that_failed_leaves_nothing_to_a_later_one(root, capsys):
+    """A forced run looks at every file, also at those that passed in an earlier forced run which found others broken."""
+    infos = load(root / "nuscenes_infos_train.pkl")["data_list"]
+    early, late = (root / "samples/LIDAR_TOP" / infos[index]["lidar_points"]["lidar_path"] for index in (0, -1))
+    good = {path: path.read_bytes() for path in (early, late)}
+    for broken in (late, early):
+        broken.write_bytes(b"cut")
+        assert nuscenes_main([str(root), "--no-database", "--force"]) == 1 and broken.name in capsys.readouterr().err
+        broken.write_bytes(good[broken])
+        assert nuscenes_main([str(root), "--no-database"]) == 0 and "up to date" in capsys.readouterr().out
+    assert not list(root.glob(".nuscenes*"))
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A world without sweeps, prepared by this package and by the scripts of mmdet3d's wheel as they are."""
@@ -316,8 +330,8 @@ def converted(tmp_path_factory):
     assert nuscenes_main([str(root), "--workers", "1"]) == 0
     (folder / "there" / "data").mkdir(parents=True)
     os.symlink(root, folder / "there" / "data" / "nuscenes")
-    command = [sys.executable, "-m", "tools.create_data", "nuscenes", "--root-path", "./data/nuscenes", "--out-dir", "./data/nuscenes",
-               "--extra-tag", "theirs", "--version", "v1.0-mini"]
+    command = [sys.executable, "-m", "tools.create_data", "nuscenes", "--root-path", "./data/nuscenes",
+               "--out-dir", "./data/nuscenes", "--extra-tag", "theirs", "--version", "v1.0-mini"]
     subprocess.run(command, cwd=folder / "there", env=dict(os.environ, PYTHONPATH=str(tools)), check=True, capture_output=True)
     return root
 

@@ -234,6 +234,14 @@ def test_sparse_and_difficult_objects_are_left_out(tmp_path):
     assert [e["path"] for e in generous.db_infos["car"]] == ["0.bin", "1.bin"]
 
 
+def test_objects_in_one_place_are_not_drawn_together(tmp_path):
+    """A parked sensor sees a parked car at the same place in two frames; mmdet3d's test finds no collision of the two boxes."""
+    write_database(tmp_path, [entry("car", 0, (10, 0)), entry("car", 1, (10, 0)), entry("car", 2, (-10, 0))])
+    sampler = PatchDatabaseSampler(str(tmp_path), CLASSES, targets=dict(car=3))
+    drawn = [e["box3d_lidar"][0] for e in sampler.sample_all(np.zeros((0, 9), np.float32), np.zeros(0, int))]
+    assert sorted(drawn) == [-10, 10]
+
+
 def test_number_drawn_is_target_minus_present(tmp_path):
     write_database(tmp_path, [entry("car", i, (10 * (i % 7), 10 * (i // 7) - 40)) for i in range(49)])
     sampler = PatchDatabaseSampler(str(tmp_path), CLASSES, targets=dict(car=5))

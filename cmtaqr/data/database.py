@@ -27,7 +27,7 @@ from .files import begin_work, end_work, remembers, write_whole
 from .frames import require_root
 from .objects import CLASSES, choose_camera, cut_points, image_matrices, object_rectangles, object_boxes, read_frame
 
-# %% ../../nbs/46_database.ipynb #9a7b91b1
+# %% ../../nbs/46_database.ipynb #6a009a77
 class ObjectRecord(TypedDict):
     """One object of the database, a plain dict.
 
@@ -36,7 +36,8 @@ class ObjectRecord(TypedDict):
         path: File under the data root: points [N, 5] float32 (x, y, z relative to the box's bottom centre, intensity, age in s).
         image_idx: `sample_idx` of the frame in nuscenes_infos_train.pkl.
         gt_idx: Index among the frame's valid boxes, see `object_boxes`.
-        box3d_lidar: [9] float32 in the frame's LiDAR coordinates: bottom centre, length, width, height, yaw, velocity (0 if unknown).
+        box3d_lidar: [9] float32 in the frame's LiDAR coordinates: bottom centre, length, width, height, yaw, velocity (0 if
+            unknown).
         num_points_in_gt: Points in the file; may be 0.
         difficulty: 0.
         group_id: A number of its own for each object.
@@ -131,7 +132,7 @@ def _publish(root, scratch, source, frames):
     write_whole(root / LIST, pickle.dumps(objects))
     end_work(scratch)
 
-# %% ../../nbs/46_database.ipynb #d9d91bd0
+# %% ../../nbs/46_database.ipynb #fe6ba26e
 def _digest(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -156,7 +157,9 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
 
     Raises:
         FileNotFoundError: If the root or its info file is missing.
-        ValueError: If files are missing or broken: the message lists all of them, and no database is left. Or an unknown `patch`.
+        FileExistsError: If there is a database of another program.
+        ValueError: If files are missing or broken: the message lists all of them, and an earlier database stays as it was. Or an
+            unknown `patch`.
     """
     if patch not in ('largest', 'last'):
         raise ValueError(f"patch={patch!r} is neither 'largest' nor 'last'")
@@ -179,13 +182,13 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
     begin_work(scratch, source, ('objects', 'frames'))
     problems = _build_frames(root, scratch, frames, patch, sweeps, workers, progress)
     if problems:
-        raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
+        raise ValueError(f'missing or broken files of {root}: {len(problems)}; restore them and run the same command again, '
                          'it keeps the frames that are done\n' + '\n'.join(problems))
     _publish(root, scratch, source, frames)
     print(f'objects of {len(frames)} training frames written to {root}')
     return root / LIST
 
-# %% ../../nbs/46_database.ipynb #7700ce66
+# %% ../../nbs/46_database.ipynb #2e600aca
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.database ROOT`; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -194,7 +197,7 @@ def main(arguments=None):
     parser.add_argument('root', help='data root with nuscenes_infos_train.pkl')
     parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from')
     parser.add_argument('--sweeps', type=int, default=10, help='earlier LiDAR measurements merged with the key frame')
-    parser.add_argument('--workers', type=int, help='processes; one per core if not given')
+    parser.add_argument('--workers', type=int, help='processes; if not given, one per core, at most one per 50 frames')
     parser.add_argument('--force', action='store_true', help='build even if up to date')
     try:
         build_database(**vars(parser.parse_args(arguments)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# %% ../../nbs/42a_files.ipynb #0f56ba7d
+# %% ../../nbs/42a_files.ipynb #6ba1cfe6
 def read_points(path, dims=5, nan='raise'):
     """Point cloud of one file.
 
@@ -36,7 +36,8 @@ def read_points(path, dims=5, nan='raise'):
                                 'with `python -m cmtaqr.data.nuscenes ROOT`')
     size = path.stat().st_size
     if size % (4 * dims):
-        raise ValueError(f'LiDAR file {path} is truncated: {size} bytes is not a whole number of points of {4 * dims} bytes; restore it')
+        raise ValueError(f'LiDAR file {path} is truncated: {size} bytes is not a whole number of points of {4 * dims} bytes; '
+                         'restore it')
     points = np.fromfile(path, np.float32).reshape(-1, dims)
     finite = np.isfinite(points).all(1)
     if finite.all():
@@ -46,7 +47,7 @@ def read_points(path, dims=5, nan='raise'):
                          "restore it, or load with nan='drop'")
     return points[finite], int((~finite).sum())
 
-# %% ../../nbs/42a_files.ipynb #f2ac9ffd
+# %% ../../nbs/42a_files.ipynb #cded9024
 def jpeg_is_cut(data):
     """Whether the bytes start like a JPEG and do not end like one."""
     return data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-64:]
@@ -60,7 +61,8 @@ def read_image(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'image {path} is missing: restore it, or write the info files anew with `python -m cmtaqr.data.nuscenes ROOT`')
+        raise FileNotFoundError(f'image {path} is missing: restore it, or write the info files anew '
+                                'with `python -m cmtaqr.data.nuscenes ROOT`')
     data, image = path.read_bytes(), None
     if data and not jpeg_is_cut(data):
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)

@@ -15,12 +15,12 @@ from .. import detector  # before mmdet3d: it chooses the sparse library
 from mmdet3d.datasets import CBGSDataset, NuScenesDataset
 from mmdet3d.registry import DATASETS
 
-# %% ../../nbs/42b_frames.ipynb #9e6b61b4
+# %% ../../nbs/42b_frames.ipynb #3c2445d8
 def require_root(root):
     """Raise FileNotFoundError, with the remedy, unless the data root is a folder."""
     if not Path(root).is_dir():
-        raise FileNotFoundError(f'data root {root} does not exist: give the folder that holds v1.0-mini or v1.0-trainval, or make '
-                                f'a synthetic one with `python -m cmtaqr.data.world {root}`')
+        raise FileNotFoundError(f'data root {root} does not exist: give the folder that holds v1.0-mini or v1.0-trainval, or '
+                                f'make a synthetic one with `python -m cmtaqr.data.world {root}`')
 
 
 PREFIX = dict(pts='samples/LIDAR_TOP', sweeps='sweeps/LIDAR_TOP', img='')
@@ -53,9 +53,12 @@ class NuScenesFrames(NuScenesDataset):
             raise ValueError(f'{path} lists no frame: {data_root} has no scene of this split, choose the other one')
         if data_prefix is None:
             data_prefix = dict(PREFIX, **{name: f'samples/{name}' for name in content['data_list'][0]['images']})
-        super().__init__(data_root=str(data_root), ann_file=str(ann_file), data_prefix=data_prefix, filter_empty_gt=filter_empty_gt,
-                         metainfo=metainfo, modality=modality or dict(use_lidar=True, use_camera=True), **kwargs)
-        self._metainfo['version'] = content['metainfo']['version']
+        version = content['metainfo']['version']
+        del content    # mmdet3d reads the file itself, and the records of trainval take 2.4 GB
+        super().__init__(
+            data_root=str(data_root), ann_file=str(ann_file), data_prefix=data_prefix, filter_empty_gt=filter_empty_gt,
+            metainfo=metainfo, modality=modality or dict(use_lidar=True, use_camera=True), **kwargs)
+        self._metainfo['version'] = version
 
 
 def frame_dataset(info_file, **kwargs):
@@ -63,7 +66,7 @@ def frame_dataset(info_file, **kwargs):
     info_file = Path(info_file)
     return NuScenesFrames(info_file.parent, info_file.name, data_prefix=dict(pts='', sweeps='', img=''), **kwargs)
 
-# %% ../../nbs/42b_frames.ipynb #49a4525f
+# %% ../../nbs/42b_frames.ipynb #d4be6429
 @DATASETS.register_module(force=True)
 class BalancedFrames(CBGSDataset):
     """mmdet3d's class-balanced resampling.
@@ -78,5 +81,5 @@ class BalancedFrames(CBGSDataset):
         except ZeroDivisionError:
             present = set().union(*(dataset.get_cat_ids(index) for index in range(len(dataset))))
             absent = [name for index, name in enumerate(self.metainfo['classes']) if index not in present]
-            raise ValueError(f'{dataset.ann_file} has no box with LiDAR points of {", ".join(absent)}, so classes cannot be balanced: '
-                             'set cbgs=False in the config, or leave these classes out of class_names') from None
+            raise ValueError(f'{dataset.ann_file} has no box with LiDAR points of {", ".join(absent)}, so classes cannot be '
+                             'balanced: set cbgs=False in the config, or leave these classes out of class_names') from None

@@ -69,7 +69,7 @@ def _instances(nusc, sample, lidar):
             velocity=(rotation.T @ [*nusc.box_velocity(token)[:2], 0])[:2].tolist()))
     return instances
 
-# %% ../../nbs/43_nuscenes.ipynb #8bfd6092
+# %% ../../nbs/43_nuscenes.ipynb #f95fb2ff
 def _sweeps(nusc, lidar, max_sweeps):
     sweeps, record = [], lidar
     while record['prev'] and len(sweeps) < max_sweeps:
@@ -109,8 +109,8 @@ def frame_info(nusc, sample, cameras, max_sweeps=10):
         mounting = nusc.get('calibrated_sensor', record['calibrated_sensor_token'])
         images[name] = dict(
             img_path=Path(record['filename']).name, cam2img=mounting['camera_intrinsic'],
-            cam2ego=sensor_pose(nusc, record)[0].tolist(), lidar2cam=lidar_to_sensor(nusc, lidar, record).tolist(), height=record['height'], width=record['width'],
-            sample_data_token=record['token'], timestamp=record['timestamp'] / 1e6)
+            cam2ego=sensor_pose(nusc, record)[0].tolist(), lidar2cam=lidar_to_sensor(nusc, lidar, record).tolist(),
+            height=record['height'], width=record['width'], sample_data_token=record['token'], timestamp=record['timestamp'] / 1e6)
     return dict(
         token=sample['token'], timestamp=lidar['timestamp'] / 1e6, ego2global=ego2global.tolist(), images=images,
         lidar_points=dict(num_pts_feats=5, lidar_path=Path(lidar['filename']).name, lidar2ego=lidar2ego.tolist()),
@@ -164,7 +164,7 @@ def check_files(root, infos, mode='markers'):
     found = {root / name: _problem(root / name, mode) for name in files}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #ae5f8757
+# %% ../../nbs/43_nuscenes.ipynb #afa134d6
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -212,7 +212,9 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
     stamp, scratch = root / 'nuscenes_infos.json', root / '.nuscenes_infos'
     if not force and remembers(stamp, source) and all(path.is_file() for path in paths.values()):
         print(f'info files in {root} are up to date')
+        end_work(scratch)    # of a forced run that found broken files
         return paths
+    print(f'reading the tables of {root / version}', flush=True)
     nusc = NuScenes(version, str(root), verbose=False)
     cameras, splits, problems = camera_channels(nusc), create_splits_scenes(), []
     scenes = {split: [scene for scene in nusc.scene if scene['name'] in splits[name]]
@@ -230,8 +232,8 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
             if not found:
                 write_whole(scratch / scene['name'], pickle.dumps(infos))
     if problems:
-        raise ValueError(f'{len(problems)} files of {root} are missing or broken: restore them and run the same command again, '
-                         'or pass --check none to write anyway\n' + '\n'.join(problems))
+        raise ValueError(f'missing or broken files of {root}: {len(problems)}; restore them and run the same command again, '
+                         'or pass --check none --no-database to write anyway\n' + '\n'.join(problems))
     metainfo = dict(categories={name: i for i, name in enumerate(CLASSES)}, dataset='nuscenes', version=version,
                     info_version='1.1')
     stamp.unlink(missing_ok=True)    # the two files belong together
@@ -245,7 +247,7 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
     end_work(scratch)
     return paths
 
-# %% ../../nbs/43_nuscenes.ipynb #8edc0e2d
+# %% ../../nbs/43_nuscenes.ipynb #53446f54
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.nuscenes ROOT`; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -258,7 +260,7 @@ def main(arguments=None):
     parser.add_argument('--check', choices=['markers', 'decode', 'none'], default='markers', help='how to look at the files')
     parser.add_argument('--no-database', action='store_true', help='only the info files')
     parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from')
-    parser.add_argument('--workers', type=int, help='processes for the database; one per core if not given')
+    parser.add_argument('--workers', type=int, help='processes for the database; if not given, one per core, at most one per 50 frames')
     parser.add_argument('--force', action='store_true', help='write even if up to date')
     options = parser.parse_args(arguments)
     check = options.check if options.no_database or options.check != 'decode' else dict(train='markers', val='decode')
