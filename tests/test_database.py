@@ -1,7 +1,9 @@
 """The database of objects against the devkit, against mmdet3d's own scripts, and against kills and broken files."""
 import importlib.util
+import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -241,6 +243,21 @@ def test_killed_at_the_end(built, root, monkeypatch, moment):
     assert contents(root) == contents(built)
 
 
+def test_killed_worker_is_told_with_the_remedy(built, root, monkeypatch, capsys):
+    from cmtaqr.data import database
+
+    def kill(futures, original=database.as_completed):
+        for process in multiprocessing.active_children():
+            process.kill()
+        return original(futures)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "as_completed", kill)
+        assert main([str(root), "--workers", "2"]) == 1 and "fewer --workers than 2" in capsys.readouterr().err
+    assert main([str(root), "--workers", "1"]) == 0
+    assert contents(root) == contents(built)
+
+
 def test_broken_files_are_listed_at_once_and_nothing_is_written(built, root, capsys):
     """Damage that no marker shows: only reading the whole file finds it."""
     infos = load(root / "nuscenes_infos_train.pkl")["data_list"]
@@ -303,6 +320,21 @@ def test_infos_go_on_where_they_stopped(world, tmp_path, monkeypatch):
     assert len(calls) == 4 and calls[2] == calls[3] and len(set(calls)) == 3    # two scenes were not looked at again
     assert {name: data for name, data in contents(root).items() if name != "nuscenes_infos.json"} == {
         name: data for name, data in whole.items() if name != "nuscenes_infos.json"}
+
+
+@pytest.mark.parametrize("name,content,message", [
+    ("v1.0-mini/category.json", None, "category.json.*restore"),
+    ("v1.0-mini/sample_data.json", b"[{", "sample_data.json is broken.*restore"),
+    ("v1.0-mini/calibrated_sensor.json", b"[]", "v1.0-mini do not fit together.*restore"),
+    ("maps", None, "map mask.*restore"),
+])
+def test_broken_tables_are_named(root, capsys, name, content, message):
+    path = root / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert nuscenes_main([str(root), "--no-database", "--force"]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_forced_run_that_failed_leaves_nothing_to_a_later_one(root, capsys):

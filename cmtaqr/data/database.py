@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'LIST', 'STAMP', 'ObjectRecord', 'build_database', 'main']
 
-# %% ../../nbs/46_database.ipynb #c3c00464
+# %% ../../nbs/46_database.ipynb #983ea985
 import argparse
 import hashlib
 import json
@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypedDict
 
@@ -83,7 +84,7 @@ def _build_frame(root, scratch, frame, patch, sweeps):
     write_whole(scratch / 'frames' / f'{info["sample_idx"]}.pkl', pickle.dumps(records))
     return []
 
-# %% ../../nbs/46_database.ipynb #dafe828d
+# %% ../../nbs/46_database.ipynb #f698f2a4
 FOLDER, LIST, STAMP = 'nuscenes_gt_database', 'nuscenes_dbinfos_train.pkl', 'nuscenes_dbinfos_train.json'
 
 
@@ -111,6 +112,9 @@ def _build_frames(root, scratch, frames, patch, sweeps, workers, progress):
                 for future in as_completed(futures):
                     problems[futures[future]] = future.result()
                     bar.update()
+            except BrokenProcessPool as error:
+                raise ChildProcessError('one of the processes was killed, perhaps for lack of memory: run the same command again '
+                                        f'with fewer --workers than {workers}, it keeps the frames that are done') from error
             finally:
                 pool.shutdown(cancel_futures=True)
     return list(dict.fromkeys(line for number in sorted(problems) for line in problems[number]))
@@ -132,7 +136,7 @@ def _publish(root, scratch, source, frames):
     write_whole(root / LIST, pickle.dumps(objects))
     end_work(scratch)
 
-# %% ../../nbs/46_database.ipynb #fe6ba26e
+# %% ../../nbs/46_database.ipynb #382a194e
 def _digest(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -158,6 +162,7 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
     Raises:
         FileNotFoundError: If the root or its info file is missing.
         FileExistsError: If there is a database of another program.
+        ChildProcessError: If a process was killed from outside.
         ValueError: If files are missing or broken: the message lists all of them, and an earlier database stays as it was. Or an
             unknown `patch`.
     """

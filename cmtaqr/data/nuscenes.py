@@ -164,7 +164,7 @@ def check_files(root, infos, mode='markers'):
     found = {root / name: _problem(root / name, mode) for name in files}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #afa134d6
+# %% ../../nbs/43_nuscenes.ipynb #43584ae4
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -175,6 +175,21 @@ def _find_version(root, version):
         raise FileNotFoundError(f'{root} holds {" and ".join(there) or "no table folder"}, wanted is {version or "one version"}: '
                                 f'pass --version with one of {", ".join(SPLITS)}')
     return version
+
+
+def _read_tables(root, version):
+    print(f'reading the tables of {root / version}', flush=True)
+    try:
+        return NuScenes(version, str(root), verbose=False)
+    except (FileNotFoundError, AssertionError) as error:    # a table, or a map mask
+        raise FileNotFoundError(f'{error}; restore this file of {root}') from error
+    except (ValueError, KeyError) as error:
+        for path in sorted((root / version).glob('*.json')):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as cause:
+                raise ValueError(f'table {path} is broken ({cause}): restore it') from cause
+        raise ValueError(f'the tables of {root / version} do not fit together ({error!r}): restore the folder') from error
 
 
 def _scene_infos(nusc, scene, cameras, max_sweeps, bar):
@@ -201,8 +216,9 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
         dict: `train` and `val`, the paths written.
 
     Raises:
-        FileNotFoundError: If the root or the tables are missing.
-        ValueError: If files that the tables name are missing or broken; the message lists them, no info file is written.
+        FileNotFoundError: If the root, a table or a map is missing.
+        ValueError: If a table is broken, or files that the tables name are missing or broken; the message lists them, no info file
+            is written.
     """
     root, version = Path(root), _find_version(root, version)
     paths = {split: root / f'nuscenes_infos_{split}.pkl' for split in ('train', 'val')}
@@ -214,8 +230,7 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
         print(f'info files in {root} are up to date')
         end_work(scratch)    # of a forced run that found broken files
         return paths
-    print(f'reading the tables of {root / version}', flush=True)
-    nusc = NuScenes(version, str(root), verbose=False)
+    nusc = _read_tables(root, version)
     cameras, splits, problems = camera_channels(nusc), create_splits_scenes(), []
     scenes = {split: [scene for scene in nusc.scene if scene['name'] in splits[name]]
               for split, name in zip(paths, SPLITS[version])}
