@@ -311,7 +311,7 @@ def test_gpu_router(kernels, autocast):
     router.to(kernels)
     with torch.autocast("cuda", autocast, enabled=autocast is not None):
         weights = router(*(t.to(kernels) for t in tokens), on(kernels, windows))
-    tolerance = 2e-3 if autocast is None else 5e-2
+    tolerance = 2e-3 if autocast is None else 1e-1
     torch.testing.assert_close(weights.cpu(), expected, rtol=0, atol=tolerance)
     for a, b in zip(torch.autograd.grad(weights.square().sum(), tuple(router.parameters())), loss):
         torch.testing.assert_close(a.cpu().float(), b, rtol=0, atol=tolerance * max(1.0, float(b.abs().max())))

@@ -43,7 +43,7 @@ def _obstacle(q):
                 'runs its slow interpreter on the CPU')
     return None
 
-# %% ../../nbs/14c_window.ipynb #92ae74d7
+# %% ../../nbs/14c_window.ipynb #6aa3253e
 def _plan(windows):
     """Rows, cols of the BEV map; views, rows, cols of the camera maps; window sizes of LiDAR and cameras; 0 if absent."""
     layout, sizes = windows.layout, windows.sizes
@@ -52,7 +52,7 @@ def _plan(windows):
 
 
 @torch.library.custom_op('cmtaqr::window_attention', mutates_args=(), schema=(
-    '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor)'))
+    '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)'))
 def _window_attention(q, k, v, cells, seen, plan):
     from cmtaqr.attention.window_forward import window_forward
     with torch.cuda.device_of(q):
@@ -66,25 +66,25 @@ def _(q, k, v, cells, seen, plan):
 
 
 @torch.library.custom_op('cmtaqr::window_attention_backward', mutates_args=(), schema=(
-    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor lists, Tensor starts, Tensor cells, '
+    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor exact, Tensor stats, Tensor lists, Tensor starts, Tensor cells, '
     'Tensor seen, int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
-def _window_attention_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+def _window_attention_backward(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import window_backward
     with torch.cuda.device_of(q):
-        return window_backward(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv)
+        return window_backward(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv)
 
 
 @_window_attention_backward.register_fake
-def _(grad, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+def _(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import backward_buffers
     return backward_buffers(q, k, need_q, need_kv)
 
-# %% ../../nbs/14c_window.ipynb #663aed26
+# %% ../../nbs/14c_window.ipynb #30d209e5
 def _save(ctx, inputs, output):
     *tensors, ctx.plan = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx, grad, *_):

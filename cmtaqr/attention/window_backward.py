@@ -24,9 +24,9 @@ def _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, 
     ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
     return _dot(ds.to(ks.dtype), ks, acc)
 
-# %% ../../nbs/14b_window_backward.ipynb #140134ac
+# %% ../../nbs/14b_window_backward.ipynb #76fed804
 @triton.jit(do_not_specialize=_NUMBERS)
-def _query_grad_kernel(q, k, v, out, do, stats, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+def _query_grad_kernel(q, k, v, exact, do, stats, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
                        o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar,
                        rows_camera, cols_camera, size_lidar, size_camera, unit, scale, NEED_DQ: tl.constexpr,
                        HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr,
@@ -36,7 +36,7 @@ def _query_grad_kernel(q, k, v, out, do, stats, delta, dq, lists, cells, seen, q
     block, h, b = pid % blocks, pid // blocks % heads, pid // blocks // heads
     query, ok, row, col, visible = _query_block(lists, cells, seen, b, block, num_queries, num_maps, MAPS, BLOCK_Q)
     gs = tl.load(_rows(_slice(do, b, h, g_b, g_h), query, g_n, D), mask=ok[:, None], other=0.0)
-    os = tl.load(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
+    os = tl.load(_rows(_slice(exact, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
     row_sum = tl.sum(gs.to(tl.float32) * os.to(tl.float32), 1)
     at = (b.to(tl.int64) * heads + h) * num_queries
     tl.store(delta + at + query, row_sum, mask=ok)
@@ -123,35 +123,35 @@ def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, lists, starts, q_b, q_h,
     tl.store(_rows(_slice(dk, b, h, dk_b, dk_h), index, dk_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
     tl.store(_rows(_slice(dv, b, h, dk_b, dk_h), index, dk_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #8f3a6020
+# %% ../../nbs/14b_window_backward.ipynb #0614b90d
 def backward_buffers(q, k, need_q, need_kv):
     """Uninitialised gradients of q, k and v; empty ones where not needed."""
     return tuple(_like_heads(t) if need else t.new_empty(0) for t, need in ((q, need_q), (k, need_kv), (k, need_kv)))
 
 
-def window_backward(do, q, k, v, out, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+def window_backward(do, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
     """Launch the kernels of the gradients.
 
     Args:
         do: [B, H, Q, D] gradient of the output.
         q, k, v, cells, seen, plan: what `window_forward` got.
-        out, stats, lists, starts: what it returned.
+        exact, stats, lists, starts: what it returned after the output.
         need_q: whether to compute the gradient of q.
         need_kv: whether to compute those of k and v.
 
     Returns:
         Gradients of q, k and v; empty tensors for those not needed.
     """
-    do, q, k, v, out = _readable(do, q, k, v, out)
+    do, q, k, v = _readable(do, q, k, v)
     cells, seen = cells.contiguous(), seen.contiguous().view(torch.uint8)
     batch, heads, queries, dim = q.shape
     dq, dk, dv = buffers = backward_buffers(q, k, need_q, need_kv)
-    if not out.numel():
+    if not exact.numel():
         return tuple(t.zero_() for t in buffers)
     scale, delta = dim ** -0.5, torch.empty_like(stats[:, :, 0])
     strides = [n for t in (q, k, v) for n in t.stride()[:3]]
     _query_grad_kernel[(triton.cdiv(queries, TUNING['block_queries']) * heads * batch,)](
-        q, k, v, out, do, stats, delta, dq, lists, cells, seen, *strides, *out.stride()[:3], *do.stride()[:3],
+        q, k, v, exact, do, stats, delta, dq, lists, cells, seen, *strides, *exact.stride()[:3], *do.stride()[:3],
         *(dq.stride()[:3] if need_q else (0, 0, 0)), heads, queries, *_maps(plan), scale * LOG2E, scale, NEED_DQ=need_q,
         **_query_options(plan, q))
     if need_kv:

@@ -118,9 +118,9 @@ def _attend(qs, k, v, k_n, v_n, index, exists, inside, unit, m, l, acc, D: tl.co
     shrink = tl.exp2((m - finite) * unit)
     return new, l * shrink + tl.sum(p, 1), _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
 
-# %% ../../nbs/14a_window_forward.ipynb #8502c840
+# %% ../../nbs/14a_window_forward.ipynb #cd92356e
 @triton.jit(do_not_specialize=_NUMBERS)
-def _forward_kernel(q, k, v, out, stats, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+def _forward_kernel(q, k, v, out, exact, stats, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
                     heads, num_queries, num_maps, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera, unit,
                     HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
                     KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
@@ -148,15 +148,16 @@ def _forward_kernel(q, k, v, out, stats, lists, cells, seen, q_b, q_h, q_n, k_b,
     inverse = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
     acc *= inverse[:, None]
     tl.store(_rows(_slice(out, b, h, o_b, o_h), query, o_n, D), acc.to(out.dtype.element_ty), mask=ok[:, None])
+    tl.store(_rows(_slice(exact, b, h, o_b, o_h), query, o_n, D), acc, mask=ok[:, None])
     stats += (b.to(tl.int64) * heads + h) * 2 * num_queries + query
     tl.store(stats, tl.where(l == 0, 0.0, m), mask=ok)
     tl.store(stats + num_queries, inverse, mask=ok)
 
-# %% ../../nbs/14a_window_forward.ipynb #4a094335
-def _like_heads(t):
+# %% ../../nbs/14a_window_forward.ipynb #bb79c92f
+def _like_heads(t, dtype=None):
     """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
     batch, heads, rows, dim = t.shape
-    return t.new_empty(batch, rows, heads, dim).transpose(1, 2)
+    return t.new_empty(batch, rows, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def _readable(*tensors):
@@ -181,9 +182,9 @@ def _query_options(plan, q):
 
 
 def forward_buffers(q, plan):
-    """Uninitialised output, softmax statistics, sorted lists and starts of their runs."""
+    """Uninitialised output, the same in fp32, softmax statistics, sorted lists and starts of their runs."""
     batch, heads, queries, _ = q.shape
-    return (_like_heads(q), q.new_empty(batch, heads, 2, queries, dtype=torch.float32),
+    return (_like_heads(q), _like_heads(q, torch.float32), q.new_empty(batch, heads, 2, queries, dtype=torch.float32),
             q.new_empty(batch, _maps(plan)[0] + 1, 3, queries, dtype=torch.int32),
             q.new_empty(batch, _tables(plan)[2], dtype=torch.int32))
 
@@ -200,16 +201,16 @@ def window_forward(q, k, v, cells, seen, plan):
         plan: rows and cols of the BEV map, views, rows and cols of the camera maps, window sizes of LiDAR and cameras; 0 without.
 
     Returns:
-        out [B, H, Q, D]; stats [B, H, 2, Q] fp32, the largest q·k of each query and 1 / sum of exp(scores - largest), both 0
+        out [B, H, Q, D]; the same in fp32, for the backward pass; stats [B, H, 2, Q] fp32, the largest q·k of each query and 1 / sum of exp(scores - largest), both 0
         for an empty window; and the lists and starts of `sort_queries`.
     """
     q, k, v = _readable(q, k, v)
     cells, seen = cells.contiguous(), seen.contiguous().view(torch.uint8)
     batch, heads, queries, dim = q.shape
-    out, stats, lists, starts = buffers = forward_buffers(q, plan)
+    out, exact, stats, lists, starts = buffers = forward_buffers(q, plan)
     if out.numel():
         sort_queries(cells, seen, lists, starts, plan)
         _forward_kernel[(triton.cdiv(queries, TUNING['block_queries']) * heads * batch,)](
-            q, k, v, out, stats, lists, cells, seen, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            q, k, v, out, exact, stats, lists, cells, seen, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, queries, *_maps(plan), dim ** -0.5 * LOG2E, **_query_options(plan, q))
     return buffers
