@@ -111,6 +111,34 @@ def test_tolerance_is_an_option(shared):
     assert main([str(shared / "golden/head_eval.npz"), "--tolerance", "1e-8"]) == 1
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_other_types_of_the_same_numbers(shared, tmp_path, name):
+    """Doubles, short integers, the other byte order and settings as bytes: the models compute in float32 all the same."""
+    def retyped(arrays):
+        for key, value in arrays.items():
+            if value.dtype.kind == "f":
+                arrays[key] = value.astype(">f8")
+            elif value.dtype.kind in "iu" and value.dtype != np.uint8:
+                arrays[key] = value.astype(np.uint8 if "labels" in key and value.size and value.min() >= 0 else np.int16)
+            elif key == "config_json":
+                arrays[key] = np.array([str(value).encode()])
+
+    head = altered(shared / "golden/head_eval.npz", tmp_path / "head_eval.npz", retyped)
+    path = altered(shared / "golden" / f"{name}.npz", tmp_path / f"{name}.npz", retyped)
+    assert set(verdicts(path, weights=head).values()) == {"ok"}
+
+
+def test_settings_of_the_costs_may_be_dictionaries(shared, tmp_path):
+    def weighted(weight):
+        settings = dict(cls_cost=dict(type="FocalLossCost", weight=weight), reg_cost=dict(type="BBox3DL1Cost", weight=0.25))
+        return lambda arrays: arrays.update(config_json=np.array(json.dumps(settings)))
+
+    source = shared / "golden/assigner_cost.npz"
+    assert set(verdicts(altered(source, tmp_path / "a.npz", weighted(2.0))).values()) == {"ok"}
+    assert verdicts(altered(source, tmp_path / "b.npz", weighted(1.0)))["out/0/cls_cost"] == "FAIL"
+    assert set(verdicts(altered(source, tmp_path / "c.npz", lambda arrays: arrays.pop("config_json"))).values()) == {"ok"}
+
+
 def test_optional_arrays_may_be_missing(shared, tmp_path):
     def lean(arrays):
         for name in [n for n in arrays if n.startswith("mid/") or n in ("out/center", "out/vel")]:
@@ -255,6 +283,24 @@ def test_training_step_of_another_size(made):
                  known_boxes9_gravity_center=known, map_known_indice=slot, batch_of_known=sample))
     found = verdicts(path)
     assert set(found.values()) == {"ok"} and len(found) == 9 + len(out) + len(loss)
+
+
+def test_training_step_without_objects(made):
+    """No denoising queries then: the predictions are those of the evaluation."""
+    config, batch = made["config"], made["config"]["batch"]
+    empty = dict(gt_boxes9_bottom_center=np.zeros((0, 9)), gt_labels=np.zeros(0, int))
+    none = {f"{b}/{name}": value for b in range(batch) for name, value in empty.items()}
+    path, single = made["folder"] / "dn_none.npz", len(made["tasks"]) == 1
+    out = made["tasks"][0] if single else {f"{t}/{k}": v for t, task in enumerate(made["tasks"]) for k, v in task.items()}
+    loss = {}
+    for layer in range(config["num_decoder_layers"] if single else 0):
+        cls = 2 * plain.focal(out["cls_logits"][layer].flatten(0, 1), torch.full((batch * config["num_query"],), 4))
+        prefix = "" if layer == config["num_decoder_layers"] - 1 else f"d{layer}."
+        loss[f"{prefix}loss_cls"] = cls / max(1, 0.1 * batch * config["num_query"])
+        loss[f"{prefix}loss_bbox"] = torch.tensor(0.0)
+    plain.save(path, **{"in": dict(none, uniform_noise_0_1=np.zeros((0, 3)))}, out=out, loss=loss)
+    found = verdicts(path)
+    assert set(found.values()) == {"ok"} and len(found) == len(out) + len(loss)
 
 
 @pytest.mark.parametrize("counts", [(4, 0), (1, 6, 30)])

@@ -36,7 +36,7 @@ def safe_globals():
                 for name in ("_reconstruct", "scalar")]
     return torch.serialization.safe_globals(allowed + [type(np.dtype(t)) for t in ("f8", "f4", "i8", "i4", "?")])
 
-# %% ../../nbs/38_checkpoint.ipynb #f9c3f62e
+# %% ../../nbs/38_checkpoint.ipynb #06537444
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights of a file, and what else it says.
@@ -58,15 +58,16 @@ class Checkpoint:
 
 def _load(file):
     if not file.is_file():
-        raise FileNotFoundError(f"checkpoint {file} does not exist: check the path, or train first")
+        raise FileNotFoundError(f"checkpoint {file} does not exist or is a folder: check the path, or train first")
     try:
         with safe_globals():
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"unsupported .*|$", str(error), re.IGNORECASE)[0].rstrip(".") or "no pickle"
+        reason = re.search(r"unsupported [^\n]*?(?=\. |\.?\n|\.?$)|$", str(error), re.IGNORECASE)[0] or "no pickle"
         raise ValueError(f"checkpoint {file} is damaged, or holds more than weights and was not opened ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {file} is damaged or no PyTorch file ({error}): copy or train it again") from error
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+        raise ValueError(f"checkpoint {file} is damaged or no PyTorch file ({reason}): copy or train it again") from error
 
 
 def read_checkpoint(file):

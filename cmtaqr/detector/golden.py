@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GoldenFile', 'head_config', 'build_head', 'load_weights']
 
-# %% ../../nbs/38c_golden.ipynb #8162a0fa
+# %% ../../nbs/38c_golden.ipynb #049d418e
 import json
 import re
 import zipfile
@@ -17,8 +17,9 @@ import torch
 from mmdet3d.registry import MODELS
 
 from . import head  # noqa: F401  (registers CmtHead)
+from .checkpoint import compare
 
-# %% ../../nbs/38c_golden.ipynb #d7b13e6b
+# %% ../../nbs/38c_golden.ipynb #378e8028
 def _read(path):
     """All arrays of an npz file."""
     if not path.is_file():
@@ -45,8 +46,11 @@ def _shares(path, candidate):
     return len(prefix + suffix) if fits else -1
 
 
+_EXACT = r"lidar2img|lidar2cam|intrinsic|params"
+
+
 class GoldenFile:
-    """Arrays of a reference file; remembers which were read.
+    """Arrays of a reference file, in the types that the models compute in; remembers which were read.
 
     Args:
         path (str | Path): The .npz file.
@@ -69,7 +73,17 @@ class GoldenFile:
         if name not in self.arrays:
             raise ValueError(f"{self.path} has no array {name!r}, which its other arrays need")
         self.used.add(name)
-        return torch.from_numpy(np.array(self.arrays[name]))  # a scalar stays an array
+        value = np.array(self.arrays[name])  # a scalar stays an array
+        if value.dtype.kind in "iu" and value.dtype != np.uint8:
+            value = value.astype(np.int64)
+        elif value.dtype.kind == "f":  # networks compute in float32; matrices of cameras are inverted in float64
+            value = value.astype(np.float64 if value.dtype == np.float64 and re.search(_EXACT, name) else np.float32)
+        return torch.from_numpy(value)
+
+    def stored(self, name):
+        """An array as it is in the file, to compare with."""
+        value = self.arrays[name]
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
     def find(self, pattern):
         """Matches of a regular expression with whole names, in the order of the file."""
@@ -89,8 +103,9 @@ class GoldenFile:
         if "config_json" not in self:
             raise ValueError(f"{self.path} has no config_json: the settings that its arrays were made with are unknown")
         try:
-            config = json.loads(str(self.arrays["config_json"]))
-        except json.JSONDecodeError as error:
+            value = self.arrays["config_json"]
+            config = json.loads(value.item() if value.dtype.kind in "US" and value.size == 1 else value.tobytes())
+        except ValueError as error:
             raise ValueError(f"{self.path}: config_json is no JSON ({error})") from error
         if not isinstance(config, dict):
             raise ValueError(f"{self.path}: config_json must hold a dictionary, got {type(config).__name__}")
@@ -116,7 +131,7 @@ class GoldenFile:
         raise ValueError(f"{self.path} needs the weights of a head (head_eval.npz) and its folder {problem}: "
                          "choose with --weights FILE")
 
-# %% ../../nbs/38c_golden.ipynb #8e9ba53d
+# %% ../../nbs/38c_golden.ipynb #519052ed
 def _from_weights(state):
     """The settings that the shapes of a head's weights determine."""
     found, layers = {}, {int(k.split(".")[3]) for k in state if k.startswith("transformer.decoder.layers.")}
@@ -195,11 +210,12 @@ def build_head(config, state=None, backend="auto", **changes):
 
 def load_weights(module, state):
     """A module with all its weights from a state dict, in evaluation mode; the counters of batch normalisation may be missing."""
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit {type(module).__name__}: {error}") from error
+    missing, unknown, shapes = compare(state, module.state_dict())
+    shapes = [f"{name} {tuple(found)} instead of {tuple(want)}" for name, found, want in shapes]
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ValueError(f"the weights do not fit {type(module).__name__}: missing {missing}, unknown {unexpected}")
+    problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in
+                (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if names]
+    if problems:
+        raise ValueError(f"the weights do not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(state, strict=False)
     return module.eval()

@@ -128,7 +128,7 @@ def heads(golden):
         yield from _named(form, out["tasks"])
         yield from ((f"mid{form[3:]}/{name}", value) for name, value in seen.items())
 
-# %% ../../nbs/38e_golden_head.ipynb #628c6f12
+# %% ../../nbs/38e_golden_head.ipynb #b75e4eaa
 def training(golden):
     """Denoising queries, predictions and losses of one step with given noise."""
     if "in/uniform_noise_0_1" not in golden:
@@ -142,14 +142,16 @@ def training(golden):
             module.eval()
     boxes, labels = batch_objects(golden)
     out, seen = _forward(golden, head, (boxes, labels))
+    yield from ((f"mid/{name}", value) for name, value in seen.items())
+    yield from _named("out", out["tasks"])
+    yield from ((f"loss/{name}", value) for name, value in head.loss_by_feat(out, boxes, labels).items())
     dn = out["dn"]
+    if dn is None:  # no object in the batch
+        return
     yield "mid/groups", torch.tensor(dn.groups)
     yield "mid/pad_size", torch.tensor(dn.num_slots)
     yield "mid/padded_reference_points", torch.cat([dn.anchors, head.reference_points.weight.expand(len(boxes), -1, -1)], 1)
     yield "mid/self_attn_mask_true_is_blocked", dn.mask
     yield from zip(("mid/known_labels_noised", "mid/known_labels_raw", "mid/known_boxes9_gravity_center", "mid/map_known_indice",
                     "mid/batch_of_known"), (dn.labels, dn.raw_labels, dn.boxes, dn.slot, dn.sample))
-    yield from ((f"mid/{name}", value) for name, value in seen.items())
-    yield from _named("out", out["tasks"])
     yield from _named("out", out["dn_tasks"], "dn_")
-    yield from ((f"loss/{name}", value) for name, value in head.loss_by_feat(out, boxes, labels).items())

@@ -21,14 +21,14 @@ from .image import CPFPN
 from .losses import LossSettings, box_cost, decode_boxes, encode_boxes, focal_cost, match, set_loss
 from .vovnet import OSAStage
 
-# %% ../../nbs/38d_golden_parts.ipynb #6df8b881
+# %% ../../nbs/38d_golden_parts.ipynb #a2a41b66
 def loss_settings(config):
     """Weights of matching and losses: by their own names, or out of a phrase such as "focal alpha .25 gamma 2 weight 2.0"."""
     found = {f.name: config[f.name] for f in fields(LossSettings) if f.name in config}
     for key, words in (("cls_cost", dict(alpha="alpha", gamma="gamma", weight="cls_weight")),
                        ("reg_cost", dict(weight="bbox_weight", first="match_codes"))):
         for word, name in words.items():
-            if number := re.search(rf"\b{word} ([\d.]+)", str(config.get(key, ""))):
+            if number := re.search(rf"\b{word}['\"]?[ :=]+([\d.]+)", str(config.get(key, ""))):
                 found[name] = int(number[1]) if name == "match_codes" else float(number[1])
     return found
 
@@ -39,7 +39,7 @@ def objects(golden, prefix):
     boxes = golden[kind[0][0] if kind else f"{prefix}gt_boxes9_bottom_center"]
     if kind[0][1] == "bottom":
         boxes[:, 2] += boxes[:, 5] / 2
-    return boxes, golden[f"{prefix}gt_labels"]
+    return boxes, golden[f"{prefix}gt_labels"].long()
 
 
 def batch_objects(golden):
@@ -63,7 +63,7 @@ def box_codes(golden):
 def matching(golden):
     """Costs and assignment of any number of cases."""
     for name in golden.find(r"in/(\w+)/pred\d+"):
-        settings = LossSettings(**loss_settings(golden.config))
+        settings = LossSettings(**loss_settings(golden.config if "config_json" in golden else {}))
         (boxes, labels), case = objects(golden, f"in/{name[1]}/"), f"out/{name[1]}/"
         codes, logits, gt = golden[name[0]], golden[f"in/{name[1]}/logits"], encode_boxes(boxes)
         cls = settings.cls_weight * focal_cost(logits, labels, settings.alpha, settings.gamma)
