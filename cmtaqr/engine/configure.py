@@ -66,7 +66,7 @@ def _put_aqr(cfg, params):
         except ValueError as error:
             raise ParameterError(f"config {params.config!r} with the given parameters: {error}") from error
 
-# %% ../../nbs/51a_configure.ipynb #74d876e2
+# %% ../../nbs/51a_configure.ipynb #3a9654f1
 def resolve_device(device):
     """The torch device of a run.
 
@@ -74,12 +74,15 @@ def resolve_device(device):
         device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ParameterError: A GPU is asked for that torch does not see.
+        ParameterError: There is no such device, or a GPU is asked for that torch does not see.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if count else "cpu")
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ParameterError(f"device={device!r} is no device: choose auto, cpu, cuda or cuda:N") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise ParameterError(f"device={device!r}, but torch {torch.__version__} sees {count} GPU(s): use device='auto' or 'cpu', "
                              "or install a torch built for this machine's CUDA")
@@ -166,7 +169,7 @@ def _put_test(cfg, params):
     if frames is not None:
         cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #7ec810f2
+# %% ../../nbs/51a_configure.ipynb #7980189b
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -180,8 +183,7 @@ def checkpoint_file(path):
             raise FileNotFoundError(f"no checkpoint in {path}: train there first, or name a .pth file")
         return Path(newest)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: relative paths begin at the folder in which the notebook runs, "
-                                f"{Path.cwd()}")
+        raise FileNotFoundError(f"no checkpoint {path}: relative paths begin at {Path.cwd()}")
     return path
 
 

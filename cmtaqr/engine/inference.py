@@ -34,7 +34,7 @@ from .record import write_json
 from mmdet3d.registry import MODELS
 from mmdet3d.structures import LiDARInstance3DBoxes, LiDARPoints
 
-# %% ../../nbs/56c_inference.ipynb #29889892
+# %% ../../nbs/56c_inference.ipynb #f8b27a90
 _ARRAYS = {"points", "images", "lidar2img", "token", "cameras"}
 
 
@@ -98,7 +98,11 @@ class Detector:
         return self._from_info(frame, Path(root))
 
     def _only_frame(self, file):
-        frames = pickle.loads(file.read_bytes())["data_list"]
+        try:
+            frames = pickle.loads(file.read_bytes())["data_list"]
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no info file of mmdet3d ({type(error).__name__}: {error}): write one with "
+                             "`python -m cmtaqr.data.nuscenes ROOT`") from error
         if len(frames) != 1:
             raise ValueError(f"{file} has {len(frames)} frames: give one sample token, and data_root={str(file.parent)!r}")
         return frames[0]
@@ -112,7 +116,9 @@ class Detector:
             metainfo = dict(version="", categories={}, dataset="nuscenes")
             file.write_bytes(pickle.dumps(dict(metainfo=metainfo, data_list=[dict(info, sample_idx=0)])))
             dataset = NuScenesFrames(root, str(file), data_prefix=dict(pts="", sweeps="", img="") if beside else None,
-                                     test_mode=True, pipeline=self.pipeline, metainfo=dict(classes=self.classes))
+                                     test_mode=True, pipeline=self.pipeline, metainfo=dict(classes=self.classes), lazy_init=True)
+            dataset.show_ins_var = False  # mmdet3d sets it where it prints a table of the data set, here for every frame
+            dataset.full_init()
             return dataset[0]
 
     def _from_arrays(self, frame):
@@ -120,11 +126,15 @@ class Detector:
         if unknown or frame.get("points") is None and images is None:
             raise ValueError(
                 f"a frame has points, or images and lidar2img, and optionally token and cameras; got {sorted(frame)}")
+        if images is not None and not len(images):
+            raise ValueError("images is an empty list: leave it out where there is no camera")
         results = dict(token=str(frame.get("token", "")), cameras=list(frame.get("cameras") or ()),
                        box_type_3d=LiDARInstance3DBoxes)
         steps = [step for step in self.pipeline if not step["type"].startswith("Load")]
         if frame.get("points") is not None:
             points = torch.as_tensor(np.asarray(frame["points"], np.float32))
+            if points.dim() != 2:
+                raise ValueError(f"points must be [N, columns], got {tuple(points.shape)}")
             results["points"] = LiDARPoints(points, points_dim=points.shape[-1])
         if images is None:
             return Compose([step for step in steps if step["type"].startswith("Pack")])(results)
@@ -134,6 +144,9 @@ class Detector:
                 f"{len(images)} images need lidar2img of shape {(len(images), 4, 4)}, got {matrices.shape}: one matrix for each"
             )
         results["img"] = [read_image(image) if isinstance(image, (str, Path)) else np.asarray(image) for image in images]
+        for index, image in enumerate(results["img"]):
+            if image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"image {index} must be [H, W, 3] in BGR order, got {image.shape}")
         results.update(ori_shape=[image.shape[:2] for image in results["img"]], cam2img=np.tile(np.eye(4), (len(images), 1, 1)),
                        lidar2cam=matrices)
         return Compose(steps)(results)
