@@ -13,6 +13,7 @@ from functools import partial
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtaqr.attention import attention_reference, biased_attention, fused
 from cmtaqr.attention.fused import Launch, attention_backward_op, attention_op, plan_op
@@ -86,7 +87,8 @@ def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs
             if way == "triton":
                 out = biased_attention(q, k, v, bias, backend="triton", key_mask=mask, layout=layout)
             elif way == "plain":
-                out = biased_attention(q, k, v, bias, backend="sdpa", key_mask=mask)
+                with sdpa_kernel(SDPBackend.MATH):  # the one of torch's kernels that takes every size
+                    out = biased_attention(q, k, v, bias, backend="sdpa", key_mask=mask)
             else:
                 out = attention_reference(q, k, v, bias, blocked)
             asked = [t for t in inputs if t.requires_grad]

@@ -59,7 +59,7 @@ def _score_function(term, blocked, dead):
         return score if blocked is None else torch.where(blocked[b, i, j] & ~dead[b, i], float('-inf'), score)
     return score_mod
 
-# %% ../../nbs/15a_flex.ipynb #6509256e
+# %% ../../nbs/15a_flex.ipynb #22f94ff9
 @cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -125,5 +125,7 @@ def flex_biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | Non
     attend = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     if not q.is_cuda:
         q, k, v = (t.detach() for t in (q, k, v))                # refused even without gradients, if they could have some
-    out = attend(q, k, v, score_mod=score_mod, scale=scale)
+    # one pipeline stage: with torch's choice some forms of the bias do not fit into shared memory
+    options = dict(num_stages=1) if q.is_cuda else None
+    out = attend(q, k, v, score_mod=score_mod, scale=scale, kernel_options=options)
     return out if dead is None else out.masked_fill(dead[:, None, :, None], 0)
