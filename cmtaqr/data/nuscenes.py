@@ -69,7 +69,7 @@ def _instances(nusc, sample, lidar):
             velocity=(rotation.T @ [*nusc.box_velocity(token)[:2], 0])[:2].tolist()))
     return instances
 
-# %% ../../nbs/43_nuscenes.ipynb #f95fb2ff
+# %% ../../nbs/43_nuscenes.ipynb #d598b490
 def _sweeps(nusc, lidar, max_sweeps):
     sweeps, record = [], lidar
     while record['prev'] and len(sweeps) < max_sweeps:
@@ -110,7 +110,8 @@ def frame_info(nusc, sample, cameras, max_sweeps=10):
         images[name] = dict(
             img_path=Path(record['filename']).name, cam2img=mounting['camera_intrinsic'],
             cam2ego=sensor_pose(nusc, record)[0].tolist(), lidar2cam=lidar_to_sensor(nusc, lidar, record).tolist(),
-            height=record['height'], width=record['width'], sample_data_token=record['token'], timestamp=record['timestamp'] / 1e6)
+            height=record['height'], width=record['width'], sample_data_token=record['token'],
+            timestamp=record['timestamp'] / 1e6)
     return dict(
         token=sample['token'], timestamp=lidar['timestamp'] / 1e6, ego2global=ego2global.tolist(), images=images,
         lidar_points=dict(num_pts_feats=5, lidar_path=Path(lidar['filename']).name, lidar2ego=lidar2ego.tolist()),
@@ -164,7 +165,7 @@ def check_files(root, infos, mode='markers'):
     found = {root / name: _problem(root / name, mode) for name in files}
     return [f'{path}: {problem}' for path, problem in found.items() if problem]
 
-# %% ../../nbs/43_nuscenes.ipynb #43584ae4
+# %% ../../nbs/43_nuscenes.ipynb #e94e09b4
 def _find_version(root, version):
     require_root(root)
     root = Path(root)
@@ -217,8 +218,8 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
 
     Raises:
         FileNotFoundError: If the root, a table or a map is missing.
-        ValueError: If a table is broken, or files that the tables name are missing or broken; the message lists them, no info file
-            is written.
+        ValueError: If a table is broken, or files that the tables name are missing or broken; the message lists them, no info
+            file is written.
     """
     root, version = Path(root), _find_version(root, version)
     paths = {split: root / f'nuscenes_infos_{split}.pkl' for split in ('train', 'val')}
@@ -262,7 +263,7 @@ def make_infos(root, version=None, max_sweeps=10, check='markers', force=False):
     end_work(scratch)
     return paths
 
-# %% ../../nbs/43_nuscenes.ipynb #53446f54
+# %% ../../nbs/43_nuscenes.ipynb #cd0a1fbb
 def main(arguments=None):
     """Command line `python -m cmtaqr.data.nuscenes ROOT`; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -275,7 +276,8 @@ def main(arguments=None):
     parser.add_argument('--check', choices=['markers', 'decode', 'none'], default='markers', help='how to look at the files')
     parser.add_argument('--no-database', action='store_true', help='only the info files')
     parser.add_argument('--patch', choices=['largest', 'last'], default='largest', help='view that an object is cut from')
-    parser.add_argument('--workers', type=int, help='processes for the database; if not given, one per core, at most one per 50 frames')
+    parser.add_argument('--workers', type=int,
+                        help='processes for the database; default is one per core, at most one per 50 frames')
     parser.add_argument('--force', action='store_true', help='write even if up to date')
     options = parser.parse_args(arguments)
     check = options.check if options.no_database or options.check != 'decode' else dict(train='markers', val='decode')
