@@ -94,11 +94,18 @@ def test_bad_files_are_named(shared, tmp_path, capsys):
     altered(golden / "posenc.npz", tmp_path / "posenc.npz", lambda a: None)
     altered(golden / "assigner_cost.npz", tmp_path / "lost.npz", lambda a: a.pop("in/1/gt_labels"))
     altered(golden / "coder.npz", tmp_path / "poor.npz", lambda a: a.update(config_json=np.array('{"num_classes": 10}')))
+    altered(golden / "loss.npz", tmp_path / "single.npz", lambda a: a.pop("in/1/gt_labels"))
+    altered(golden / "loss.npz", tmp_path / "nobody.npz", lambda a: [a.pop(f"in/{i}/gt_labels") for i in (0, 1)])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()  # a folder of its own: the files above look for weights beside them
+    altered(golden / "head_eval.npz", tmp_path / "other" / "head_eval.npz",
+            lambda a: a.update(config_json=np.array(str(a["config_json"]).replace('"hidden_dim": 256', '"hidden_dim": 128'))))
     for name, message in (
             ("cut.npz", "damaged or no npz file"), ("text.npz", "damaged or no npz file"), ("bare.npz", "has no config_json"),
             ("posenc.npz", "choose with --weights FILE"), ("lost.npz", "has no array 'in/1/gt_labels'"),
-            ("poor.npz", "its settings lack 'max_num'"), ("empty", "holds no .npz file")):
+            ("poor.npz", "its settings lack 'max_num'"), ("empty", "holds no .npz file"),
+            ("single.npz", "has objects of 1 samples and predictions of 2"), ("nobody.npz", "has no objects in/0/gt_labels"),
+            ("other", "55 of another shape (shared_conv.conv.weight (256, 64, 3, 3) instead of (128, 64, 3, 3), ")):
         assert main([str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err, name
     rows, problems = check_file(tmp_path / "posenc.npz")

@@ -136,7 +136,7 @@ class PETRTransformerDecoderLayer(BaseModule):
         x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias, layout=layout))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #cae58f15
+# %% ../../nbs/33_decoder.ipynb #00f3d5dc
 @MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
@@ -194,8 +194,8 @@ class CmtTransformer(BaseModule):
             query_pos (Tensor): [B, Q, C] position of each query.
             attn_mask (Tensor | None): [Q, Q] or [B, Q, Q] bool for self-attention, True = may not attend.
             bias (LocalBias | None): AQR bias on the cross-attention of every layer.
-            layout (TokenLayout | None): The maps that the memory comes from: with it, a decoder without a bias adds up in the same
-                order as one with a bias.
+            layout (TokenLayout | None): The maps that the memory comes from: with it, a decoder without a bias adds up in the
+                same order as one with a bias.
 
         Returns:
             Tensor: [L, B, Q, C], layer-normalised.

@@ -131,7 +131,7 @@ class GoldenFile:
         raise ValueError(f"{self.path} needs the weights of a head (head_eval.npz) and its folder {problem}: "
                          "choose with --weights FILE")
 
-# %% ../../nbs/38c_golden.ipynb #519052ed
+# %% ../../nbs/38c_golden.ipynb #416b86c3
 def _from_weights(state):
     """The settings that the shapes of a head's weights determine."""
     found, layers = {}, {int(k.split(".")[3]) for k in state if k.startswith("transformer.decoder.layers.")}
@@ -209,7 +209,11 @@ def build_head(config, state=None, backend="auto", **changes):
 
 
 def load_weights(module, state):
-    """A module with all its weights from a state dict, in evaluation mode; the counters of batch normalisation may be missing."""
+    """A module with all its weights from a state dict, in evaluation mode; the counters of batch normalisation may be missing.
+
+    Raises:
+        ValueError: Weights are missing, unknown or of another shape.
+    """
     missing, unknown, shapes = compare(state, module.state_dict())
     shapes = [f"{name} {tuple(found)} instead of {tuple(want)}" for name, found, want in shapes]
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]

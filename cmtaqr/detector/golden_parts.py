@@ -21,7 +21,7 @@ from .image import CPFPN
 from .losses import LossSettings, box_cost, decode_boxes, encode_boxes, focal_cost, match, set_loss
 from .vovnet import OSAStage
 
-# %% ../../nbs/38d_golden_parts.ipynb #a2a41b66
+# %% ../../nbs/38d_golden_parts.ipynb #c9e12523
 def loss_settings(config):
     """Weights of matching and losses: by their own names, or out of a phrase such as "focal alpha .25 gamma 2 weight 2.0"."""
     found = {f.name: config[f.name] for f in fields(LossSettings) if f.name in config}
@@ -43,7 +43,10 @@ def objects(golden, prefix):
 
 
 def batch_objects(golden):
+    """List of boxes and list of labels over the samples of a file; raises ValueError if it has none."""
     samples = sorted({m[1] for m in golden.find(r"in/(\d+)/gt_labels")}, key=int)
+    if not samples:
+        raise ValueError(f"{golden.path} has no objects in/0/gt_labels, empty or not")
     return [list(x) for x in zip(*(objects(golden, f"in/{b}/") for b in samples))]
 
 
@@ -82,6 +85,8 @@ def losses(golden):
     settings = LossSettings(**loss_settings(golden.config if "config_json" in golden else {}))
     boxes, labels = batch_objects(golden)
     gt, logits, codes = [encode_boxes(b) for b in boxes], predictions["cls_logits"], _codes(predictions)
+    if len(gt) != logits.shape[1]:
+        raise ValueError(f"{golden.path} has objects of {len(gt)} samples and predictions of {logits.shape[1]}")
     empty = [x[:0] for x in labels], [x[:0] for x in gt]
     for layer in range(len(logits)):
         cls, box, assigned = set_loss(logits[layer], codes[layer], labels, gt, settings)

@@ -113,7 +113,7 @@ def decoder_cost(decoder, tokens, queries):
         moved += 6 * c * tokens + queries * (12 * c + 2 * (c + hidden)) + 2 * c * (4 * c + hidden)
     return flops, moved
 
-# %% ../../nbs/59_floor.ipynb #32b2e1c6
+# %% ../../nbs/59_floor.ipynb #68e02aaf
 def frame_costs(cfg, frame):
     """Cost of every stage of one frame.
 
@@ -154,7 +154,8 @@ def frame_costs(cfg, frame):
     costs["decoder"] = decoder_cost(head.transformer.decoder, tokens, queries)
     if head.with_aqr:
         router, seen = head.aqr_router, queries * sum(n * n for n in head.aqr_router.window_sizes)
-        parts = [(router.k_proj, memory), (router.v_proj, memory), (router.q_proj, query), (router.out_proj, query), (router.ffn, query)]
+        parts = [(router.k_proj, memory), (router.v_proj, memory), (router.q_proj, query), (router.out_proj, query),
+                 (router.ffn, query)]
         dense = [counted(lambda: part(x), part)[:2] for part, x in parts]
         costs["router and bias"] = add(*dense, (4 * seen * channels, 2 * seen * channels))
     decoded = meta(len(head.transformer.decoder.layers), 1, queries, channels)

@@ -96,7 +96,7 @@ def _check_value(name, value, meta):
     if meta["pattern"] and not re.fullmatch(meta["pattern"], value):
         raise ParameterError(f"{name}={value!r} is unknown; expected {meta['pattern'].replace('|', ' or ')}")
 
-# %% ../../nbs/50_parameters.ipynb #9f4927ec
+# %% ../../nbs/50_parameters.ipynb #33389e4d
 def _presets():
     """Names of the bias presets."""
     from cmtaqr.bias import PRESETS
@@ -121,8 +121,8 @@ class RunParameters:
     learnable_scale: bool | None = _option(None, "train the scale; None: the config's")
     window_size: int | list[int] | None = _option(None, "AQR bias window in cells: int, or [camera, lidar] by -y", low=1)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda|cuda:\d+")
-    precision: str | None = _option(None, "fp32, bf16 or fp16 (the last on a GPU); None: the config's on a GPU, fp32 on a CPU and in "
-                                    "evaluation", choices=lambda: ["fp32", "bf16", "fp16"])
+    precision: str | None = _option(None, "fp32, bf16 or fp16 (the last on a GPU); None: the config's on a GPU, fp32 on a CPU "
+                                    "and in evaluation", choices=lambda: ["fp32", "bf16", "fp16"])
     compile: list[str] | None = _option(None, "parts for torch.compile: image, bev, decoder; None: the config's")
     resume: bool = _option(False, "continue from checkpoint, or from the newest one in work_dir")
     checkpoint: str | None = _option(None, "weights to start from: a .pth file, or a folder, then its newest")

@@ -67,7 +67,7 @@ def difference(model, other, frame):
     return dict(probability_max=float((p - q).abs().max()), probability_mean=float((p - q).abs().mean()),
                 centre_mean_m=float((codes - others)[:, :2].norm(dim=1).mean()))
 
-# %% ../../nbs/58_speed.ipynb #b76f4c52
+# %% ../../nbs/58_speed.ipynb #9c2b9c74
 def profile(model, frames, rows=15):
     """The device's busiest programs.
 
@@ -184,8 +184,8 @@ def measure(configs, settings=("plain", "fast"), frames=100, warmup=20, scenes=4
     return dict(parameters=asked, settings={name: {**_defaults(), **options} for name, options in chosen.items()},
                 sparse_backend=f"{sparse_backend()} {sys.modules['spconv'].__version__}",
                 tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32),
-                models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(), commit=git_commit(), machine=machine(),
-                command=command())
+                models=list(rows.values()), ratio=ratio, failed=failed, versions=versions(), commit=git_commit(),
+                machine=machine(), command=command())
 
 
 def _frame_times(models, frames, device):
