@@ -272,7 +272,7 @@ def test_gpu_memory_does_not_grow_with_queries_times_keys(kernels):
     torch.cuda.reset_peak_memory_stats()
     results = gradients(windows, inputs, grad)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.numel() * t.element_size() for t in results)
-    assert extra < 4 * 2**20
+    assert extra < 8 * 2**20  # the output in q's dtype and in fp32, of the lists little
 
 
 @pytest.mark.gpu
