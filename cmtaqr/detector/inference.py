@@ -58,11 +58,11 @@ def fold_batchnorm(model):
             before = name
     return count
 
-# %% ../../nbs/39_inference.ipynb #72a7adea
+# %% ../../nbs/39_inference.ipynb #f416a5e1
 PARTS = {"image": ("img_backbone", "img_neck"), "bev": ("pts_backbone", "pts_neck"), "decoder": ("pts_bbox_head.transformer",)}
 REFUSED = {
     "sparse": "its sizes are known on the device only, and its kernels are those of a library that dynamo cannot trace",
-    "router": "it gathers as many keys as the busiest query has, a number that is read back from the device",
+    "router": "without a GPU it gathers as many keys as the busiest query has, a number that is read back; on one, kernels do its work",
     "head": "voxels, matching and denoising depend on the content of tensors: compile 'decoder', where the time is",
 }
 
