@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'TILE', 'LAUNCH', 'Launch', 'launch_for', 'attention_op', 'attention_backward_op', 'plan_op', 'plan_bias',
            'fused_attention']
 
-# %% ../../nbs/15_fused.ipynb #a88aa258
+# %% ../../nbs/15_fused.ipynb #e9ad4ee3
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
-from .plan import layout_numbers, plan_windows
+from .plan import layout_numbers, map_numbers, plan_windows
+from .window_forward import _like_heads
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
@@ -46,7 +47,7 @@ def launch_for(dim: int, dtype: torch.dtype) -> Launch:
         return LAUNCH[dim, dtype]
     return Launch(forward=(4, 2, None), query=(4, 2, None), key=(4, 2, None)) if dim > 64 or dtype == torch.float32 else Launch()
 
-# %% ../../nbs/15_fused.ipynb #046e726e
+# %% ../../nbs/15_fused.ipynb #ed12b672
 def _splits(launch, batch, heads, queries, layout, device):
     """Runs of keys treated apart, so that few queries still fill the device: (LiDAR splits, views per split, splits).
 
@@ -68,15 +69,8 @@ def _maps(layout, decay):
     return lidar_rows * lidar_cols, lidar_cols, lidar_size, decay[0], camera_rows * camera_cols, camera_cols, camera_size, decay[1]
 
 
-def _heads_inside(batch, heads, rows, dim, like, dtype=None):
-    """Empty [B, H, N, D] whose memory is [B, N, H, D], so that joining the heads again costs nothing."""
-    return torch.empty(batch, rows, heads, dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
-
-
 def _empty_outputs(q):
-    batch, heads, queries, dim = q.shape
-    out, exact = (_heads_inside(batch, heads, queries, dim, q, dtype) for dtype in (q.dtype, torch.float32))
-    return out, exact, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return _like_heads(q), _like_heads(q, torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _strides(*tensors):
@@ -115,7 +109,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
 def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale):
     return _empty_outputs(q)
 
-# %% ../../nbs/15_fused.ipynb #d9ce9e32
+# %% ../../nbs/15_fused.ipynb #d4e31c4a
 @torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
 def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
                           ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
@@ -158,12 +152,12 @@ def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: 
 
 
 def _empty_query_gradients(q, value, wants):
-    dq = _heads_inside(*q.shape, q) if wants[0] or wants[3] else q.new_empty(0)
+    dq = _like_heads(q) if wants[0] or wants[3] else q.new_empty(0)
     return dq, torch.empty_like(value) if wants[3] else value.new_empty(0)
 
 
 def _empty_key_gradients(k, v, wants):
-    return [_heads_inside(*t.shape, t) if wants[1] or wants[2] else t.new_empty(0) for t in (k, v)]
+    return [_like_heads(t) if wants[1] or wants[2] else t.new_empty(0) for t in (k, v)]
 
 
 def _empty_gradients(q, k, v, value, wants):
@@ -208,7 +202,7 @@ def _(cells, seen, layout, block, tile):
     return (seen.new_empty((layout[0] > 0) + (layout[4] > 0), batch, blocks * block, dtype=torch.int32),
             seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32), seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #f9834168
+# %% ../../nbs/15_fused.ipynb #6fd4fec6
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
     return plan_op(bias.windows.cells.contiguous(), bias.windows.seen.contiguous(), layout_numbers(bias.windows), BLOCK, TILE)
@@ -248,7 +242,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
         if kind == 2:
             decay = [-math.log2(math.e) / (2 * s * s) for s in reversed(bias.sigma)]
     elif layout is not None:
-        numbers = [*((1, *layout.lidar, 1) if layout.lidar else (0, 1, 1, 1)), *((*layout.camera, 1) if layout.camera else (0, 1, 1, 1))]
+        numbers = map_numbers(layout)
     else:
         numbers = [1, 1, k.shape[2], 1, 0, 1, 1, 1]
     ignored = nothing if key_mask is None else key_mask.contiguous()

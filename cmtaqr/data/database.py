@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDER', 'LIST', 'STAMP', 'ObjectRecord', 'build_database', 'main']
 
-# %% ../../nbs/46_database.ipynb #983ea985
+# %% ../../nbs/46_database.ipynb #6094786b
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from .files import begin_work, end_work, remembers, write_whole
 from .frames import require_root
 from .objects import CLASSES, choose_camera, cut_points, image_matrices, object_rectangles, object_boxes, read_frame
+from ..detector.checkpoint import file_digest
 
 # %% ../../nbs/46_database.ipynb #6a009a77
 class ObjectRecord(TypedDict):
@@ -136,15 +136,7 @@ def _publish(root, scratch, source, frames):
     write_whole(root / LIST, pickle.dumps(objects))
     end_work(scratch)
 
-# %% ../../nbs/46_database.ipynb #382a194e
-def _digest(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
+# %% ../../nbs/46_database.ipynb #823d93e6
 def build_database(root, patch='largest', sweeps=10, workers=None, force=False, progress=True):
     """Write the database of a root's training frames; goes on where an interrupted run stopped, does nothing if it is up to date.
 
@@ -172,7 +164,7 @@ def build_database(root, patch='largest', sweeps=10, workers=None, force=False, 
     root, path = Path(root), Path(root) / 'nuscenes_infos_train.pkl'
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: write it with `python -m cmtaqr.data.nuscenes {root}`')
-    scratch, source = root / f'.{FOLDER}', dict(infos=_digest(path), patch=patch, sweeps=sweeps, format=1)
+    scratch, source = root / f'.{FOLDER}', dict(infos=file_digest(path), patch=patch, sweeps=sweeps, format=1)
     if not force and (root / LIST).is_file() and remembers(root / STAMP, source):
         print(f'object database in {root} is up to date')
         end_work(scratch)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['build_model', 'Fit', 'fit', 'module_of', 'module_table', 'inspect_checkpoint', 'convert_checkpoint']
 
-# %% ../../nbs/38a_convert.ipynb #1354186c
-import hashlib
+# %% ../../nbs/38a_convert.ipynb #e96c07ff
 import os
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from .. import detector  # before mmdet3d: it chooses the sparse library
 # isort: split
 from mmdet3d.registry import MODELS
 
-from .checkpoint import (LAYOUT_NAMES, CheckpointMismatch, UnknownLayout, compare, file_layout, in_our_layout,
+from .checkpoint import (LAYOUT_NAMES, CheckpointMismatch, UnknownLayout, compare, file_digest, file_layout, in_our_layout,
                                         is_aqr, load_checkpoint, read_checkpoint, sorted_out, weight_layouts)
 from .mome import HEAD, MOME, explain, mome_router
 
@@ -185,18 +184,10 @@ def inspect_checkpoint(file, config=None, layout=None, every_key=False):
         lines += [f"AQR can start from it: convert {file} --config {name} --out START.pth" for name in starts[:1]]
     return "\n".join(lines), best.usable
 
-# %% ../../nbs/38a_convert.ipynb #516d56b9
-def _digest(file):
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
+# %% ../../nbs/38a_convert.ipynb #f443becf
 def _provenance(file, config, layout, seed, router):
     versions = {name: metadata.version(name) for name in ("torch", "mmengine", "mmdet3d")} | dict(cmtaqr=cmtaqr.__version__)
-    return dict(source=Path(file).name, sha256=_digest(file), config=str(config), layout=layout, seed=seed, router=router,
+    return dict(source=Path(file).name, sha256=file_digest(file), config=str(config), layout=layout, seed=seed, router=router,
                 versions=versions)
 
 
