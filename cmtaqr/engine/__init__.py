@@ -6,5 +6,6 @@ except ImportError as error:
 
 from cmtaqr.engine.fade import PasteFadeHook
 from cmtaqr.engine.hooks import HistoryHook, ProgressHook, ScaleHook
+from cmtaqr.engine.instruments import InstrumentsHook
 
-__all__ = ["HistoryHook", "PasteFadeHook", "ProgressHook", "ScaleHook"]
+__all__ = ["HistoryHook", "InstrumentsHook", "PasteFadeHook", "ProgressHook", "ScaleHook"]
