@@ -6,7 +6,7 @@
 __all__ = ['load_config', 'resolve_device', 'stretched', 'checkpoint_file', 'run_config', 'check_data', 'changes',
            'differs_from_training']
 
-# %% ../../nbs/51a_configure.ipynb #54d7973e
+# %% ../../nbs/51a_configure.ipynb #47026941
 import json
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
+from .aqr import put_aqr
 from .parameters import ParameterError, find_config, package_root
 
 # %% ../../nbs/51a_configure.ipynb #c30748c9
@@ -41,30 +42,6 @@ def _replaced(node, old, new):
         return type(node)(_replaced(v, old, new) for v in node)
     inside = isinstance(node, str) and (node.rstrip("/") == old or node.startswith(old + "/"))
     return new + node[len(old):] if inside else node
-
-# %% ../../nbs/51a_configure.ipynb #cbcf38e6
-def _put_aqr(cfg, params):
-    """AQR in or out of the model, and its bias settings."""
-    head = cfg.model.get("pts_bbox_head", cfg.model)
-    if params.enable_aqr is False:
-        head["aqr"] = None
-    elif params.enable_aqr and not head.get("aqr"):
-        head["aqr"] = dict(router=dict(type="AQRWeightGenerator"), bias=dict(type="AttentionBiasGenerator"))
-    given = {n: getattr(params, n) for n in ("preset", "bias_scale", "min_scale", "max_scale", "learnable_scale", "window_size")}
-    given = {n: v for n, v in given.items() if v is not None}
-    if given and not head.get("aqr"):
-        raise ParameterError(f"{', '.join(given)} given, but config {params.config!r} has no AQR: add enable_aqr=True")
-    if head.get("aqr"):
-        bias = head["aqr"]["bias"]
-        if "preset" in given:  # a preset chosen now replaces scale values that the config wrote beside its own
-            for name in ("bias_scale", "min_scale", "max_scale"):
-                bias.pop(name, None)
-        bias.update(given)
-        from cmtaqr.bias import AttentionBiasGenerator
-        try:
-            AttentionBiasGenerator(**{k: v for k, v in bias.items() if k != "type"})
-        except ValueError as error:
-            raise ParameterError(f"config {params.config!r} with the given parameters: {error}") from error
 
 # %% ../../nbs/51a_configure.ipynb #3a9654f1
 def resolve_device(device):
@@ -169,7 +146,7 @@ def _put_test(cfg, params):
     if frames is not None:
         cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #7980189b
+# %% ../../nbs/51a_configure.ipynb #31f541e4
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -210,7 +187,7 @@ def run_config(params, notebook=None):
     if old:
         new = Path(params.data_root).expanduser().absolute() if params.data_root else package_root() / old
         cfg = Config(_replaced(cfg._cfg_dict.to_dict(), old, str(new)), filename=cfg.filename)
-    _put_aqr(cfg, params)
+    put_aqr(cfg, params)
     device = resolve_device(params.device)
     cfg.device = str(device)
     _put_test(cfg, params) if evaluation else _put_length(cfg, params)
@@ -219,6 +196,9 @@ def run_config(params, notebook=None):
     for loader in filter(None, (cfg.train_dataloader, cfg.test_dataloader)):
         loader.update({k: getattr(params, k) for k in ("batch_size", "num_workers") if getattr(params, k) is not None})
         loader["persistent_workers"] = bool(loader.get("persistent_workers")) and loader["num_workers"] > 0
+    if params.freeze is not None and not evaluation:
+        from cmtaqr.engine.freeze import apply_freezing
+        apply_freezing(cfg, params.freeze)
     if params.lr is not None and cfg.get("optim_wrapper"):
         cfg.optim_wrapper.optimizer.lr = params.lr
     cfg.randomness = dict(seed=params.seed, deterministic=params.deterministic)
@@ -274,7 +254,7 @@ def changes(params, cfg):
     keys = [k for k in {**file, **run} if file.get(k, "absent") != run.get(k, "absent")]
     return [(k, file.get(k, "absent"), run.get(k, "absent")) for k in keys]
 
-# %% ../../nbs/51a_configure.ipynb #a6ac8289
+# %% ../../nbs/51a_configure.ipynb #179236f6
 def differs_from_training(params, checkpoint):
     """Model parameters in which this run differs from the one that made its checkpoint.
 
@@ -289,5 +269,6 @@ def differs_from_training(params, checkpoint):
     if record is None or not record.is_file():
         return {}
     trained, here = json.loads(record.read_text())["parameters"], params.asdict()
-    names = ("config", "enable_aqr", "preset", "min_scale", "max_scale", "window_size")
+    names = ("config", "version", "enable_aqr", "preset", "min_scale", "max_scale", "window_size", "bias_form", "scale_mode",
+             "scale_per")
     return {n: (trained.get(n), here[n]) for n in names if trained.get(n) != here[n]}
