@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CASES', 'SCALES', 'window_state', 'GradientWatch', 'SaturationHook', 'saturation_run', 'scale_curve', 'main']
 
-# %% ../../nbs/53c_saturation.ipynb #e8b33aea
+# %% ../../nbs/53c_saturation.ipynb #0d0ab83d
 import argparse
 import json
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ class SaturationHook(Hook):
         """Detach."""
         self.watch.__exit__()
 
-# %% ../../nbs/53c_saturation.ipynb #f5e866dd
+# %% ../../nbs/53c_saturation.ipynb #44c46ca4
 CASES = {"2.5": (2.5, True), "5": (5.0, True), "12, bias within ±5": (12.0, True), "12": (12.0, False), "45": (45.0, False)}
 
 
@@ -137,10 +138,10 @@ def saturation_run(scale, bounded, params, folder):
         FloatingPointError: The loss is not finite.
     """
     params = TrainParameters.check(dict(params, bias_scale=scale, min_scale=0.5, max_scale=50.0, work_dir=str(folder)))
-    file = Path(folder, "saturation.json")
+    file, asked = Path(folder, "saturation.json"), replace(params, work_dir=None)  # the same run in another folder is the same
     if file.is_file():
         known = json.loads(file.read_text())
-        if known["run"]["parameters"] == params.asdict() and known["bounded"] == bounded:
+        if known["run"]["parameters"] == asked.asdict() and known["bounded"] == bounded:
             return known
     logging.disable(logging.INFO)
     runner = build_runner(params, run_config(params))
@@ -152,7 +153,8 @@ def saturation_run(scale, bounded, params, folder):
     summary = train(runner)
     records = [dict(watched, loss=r["loss"], scale=r["bias_scale"], scale_gradient=r.get("bias_scale_grad"))
                for watched, r in zip(hook.records, read_history(folder)["records"])]
-    result = dict(records=records, bounded=bounded, training=summary, run=run_record(params))
+    summary = {name: value for name, value in summary.items() if name != "checkpoint"}
+    result = dict(records=records, bounded=bounded, training=summary, run=run_record(asked))
     write_json(file, result)
     return result
 
