@@ -6,7 +6,9 @@
 __all__ = ['PETRMultiheadAttention', 'PETRMultiheadFlashAttention', 'PETRTransformerDecoderLayer', 'PETRTransformerDecoder',
            'CmtTransformer']
 
-# %% ../../nbs/33_decoder.ipynb #89f4d92f
+# %% ../../nbs/33_decoder.ipynb #084fd2cc
+from dataclasses import replace
+
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet3d.registry import MODELS
@@ -136,7 +138,7 @@ class PETRTransformerDecoderLayer(BaseModule):
         x = self.norms[1](self.attentions[1](x, key, value, query_pos=query_pos, bias=bias, layout=layout))
         return self.norms[2](self.ffns[0](x))
 
-# %% ../../nbs/33_decoder.ipynb #00f3d5dc
+# %% ../../nbs/33_decoder.ipynb #f0213fff
 @MODELS.register_module(force=True)
 class PETRTransformerDecoder(BaseModule):
     """Stack of decoder layers whose outputs all leave through one shared layer norm.
@@ -154,16 +156,33 @@ class PETRTransformerDecoder(BaseModule):
         self.post_norm = nn.LayerNorm(layer.get("embed_dims", 256))
 
     def forward(self, x, query_pos, key, value, attn_mask=None, bias=None, layout=None):
-        """Run all layers; arguments as in the layer.
+        """Run all layers; arguments as in the layer, but `bias` may be a list of one per layer.
 
         Returns:
             Tensor: [L, B, Q, C], every layer's output after `post_norm`.
+
+        Raises:
+            ValueError: If there are not as many biases as layers.
         """
-        outputs = []
-        for layer in self.layers:
-            x = layer(x, query_pos, key, value, attn_mask, bias, layout)
+        biases, outputs = bias if isinstance(bias, (list, tuple)) else [bias] * len(self.layers), []
+        if len(biases) != len(self.layers):
+            raise ValueError(f"{len(biases)} biases for {len(self.layers)} decoder layers: give the bias generator "
+                             f"num_layers={len(self.layers)}, or scale_per='model'")
+        for layer, own in zip(self.layers, biases):
+            x = layer(x, query_pos, key, value, attn_mask, own, layout)
             outputs.append(self.post_norm(x))
         return torch.stack(outputs)
+
+
+def _planned_layers(biases, queries):
+    """`planned` for the biases of the layers, once for all that share the first one's windows."""
+    planned_biases = [planned(bias, queries) for bias in biases[:1]]
+    for bias in biases[1:]:
+        first, windows = planned_biases[0], bias.windows
+        shared = (windows.cells is first.windows.cells and windows.seen is first.windows.seen
+                  and windows.sizes == first.windows.sizes and bias.is_global == first.is_global)
+        planned_biases.append(replace(bias, plan=first.plan) if shared else planned(bias, queries))
+    return planned_biases
 
 
 @MODELS.register_module(force=True)
@@ -193,7 +212,7 @@ class CmtTransformer(BaseModule):
             memory_pos (Tensor): Position of each token, [B, K, C] or broadcastable to it.
             query_pos (Tensor): [B, Q, C] position of each query.
             attn_mask (Tensor | None): [Q, Q] or [B, Q, Q] bool for self-attention, True = may not attend.
-            bias (LocalBias | None): AQR bias on the cross-attention of every layer.
+            bias (LocalBias | list[LocalBias] | None): AQR bias on the cross-attention of every layer, or one per layer.
             layout (TokenLayout | None): The maps that the memory comes from: with it, a decoder without a bias adds up in the
                 same order as one with a bias.
 
@@ -201,15 +220,16 @@ class CmtTransformer(BaseModule):
             Tensor: [L, B, Q, C], layer-normalised.
 
         Raises:
-            ValueError: If the bias was made for other numbers of queries or keys.
+            ValueError: If a bias was made for other numbers of queries or keys, or there are not as many as layers.
         """
-        if bias is not None:
-            made_for = (*bias.value.shape[:2], bias.windows.layout.num_keys)
-            found = (*query_pos.shape[:2], memory.shape[1])
+        per_layer, found = isinstance(bias, (list, tuple)), (*query_pos.shape[:2], memory.shape[1])
+        for one in bias if per_layer else [bias] * (bias is not None):
+            made_for = (*one.value.shape[:2], one.windows.layout.num_keys)
             if made_for != found:
                 raise ValueError(f"bias is for (batch, queries, keys) = {made_for}, but the decoder got {found}: "
                                  "make the windows from the same feature maps and queries")
         key, value, device = memory + memory_pos, memory, memory.device.type
         if torch.is_autocast_enabled(device):  # once, instead of in the projections of every layer
             key, value = (x.to(torch.get_autocast_dtype(device)) for x in (key, value))
-        return self.decoder(torch.zeros_like(query_pos), query_pos, key, value, attn_mask, planned(bias, query_pos), layout)
+        bias = _planned_layers(bias, query_pos) if per_layer else planned(bias, query_pos)
+        return self.decoder(torch.zeros_like(query_pos), query_pos, key, value, attn_mask, bias, layout)
