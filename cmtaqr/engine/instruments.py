@@ -140,13 +140,13 @@ def read_instruments(folder, filename="instruments.json"):
         raise FileNotFoundError(f"no {path}: was {folder} trained with AQR and with InstrumentsHook among its hooks?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/53a_instruments.ipynb #250bc81f
+# %% ../../nbs/53a_instruments.ipynb #cdf87a57
 @HOOKS.register_module(force=True)
 class InstrumentsHook(Hook):
     """Record what AQR decides, in TensorBoard and in a JSON file of the work folder; never on the terminal.
 
-    A model without AQR is left alone. The file is written whole, at most every `seconds` seconds and never for more than half a
-    percent of the time, with every checkpoint and at the end; a resumed run goes on in it.
+    A model without AQR is left alone. The file is written whole, at most every `seconds` seconds and never for more than 0.2 %
+    of the time, with every checkpoint and at the end; a resumed run goes on in it.
 
     Args:
         interval: Record every this many iterations, and at the first.
@@ -289,7 +289,7 @@ class InstrumentsHook(Hook):
             settings={n: getattr(self, n) for n in names}, limit=generator and generator.limit,
             bounds=generator and [generator.min_scale, generator.max_scale], records=self.records))
         self._written = time.perf_counter()
-        self._pause = max(self.seconds, 200 * (self._written - began))
+        self._pause = max(self.seconds, 500 * (self._written - began))
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Keep the file in step with the checkpoint."""
