@@ -66,7 +66,7 @@ def smooth_start(value: float, low: float, high: float) -> float:
                          "value inwards or take scale_mode='inward'")
     return (low + high) / 2 + (high - low) / 4 * math.log((value - low) / (high - value))
 
-# %% ../nbs/02_scale.ipynb #347416f7
+# %% ../nbs/02_scale.ipynb #9530ea93
 PRESETS = {
     'conservative': dict(bias_scale=2.5, min_scale=0.5, max_scale=5.0),
     'aggressive': dict(bias_scale=3.5, min_scale=1.0, max_scale=8.0),
@@ -125,9 +125,9 @@ class BoundedScale(nn.Module):
         self.scale_per = _choice('scale_per', scale_per, ('model', 'layer'))
         if scale_per == 'layer' and (isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1):
             raise ValueError(f"scale_per='layer' needs num_layers, the positive number of decoder layers, got {num_layers!r}")
+        held = smooth_start(start, self.min_scale, self.max_scale) if scale_mode == 'smooth' else start
         shape = (num_layers,) if scale_per == 'layer' else ()
-        self.bias_scale = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=learnable_scale)
-        self.set_scale(start)
+        self.bias_scale = nn.Parameter(torch.full(shape, held, dtype=torch.float32), requires_grad=learnable_scale)
 
     def _apply(self, fn, recurse=True):
         def keep(tensor):
@@ -149,7 +149,7 @@ class BoundedScale(nn.Module):
         Raises:
             ValueError: a value is not within the bounds, or their number is not that of the layers.
         """
-        values = torch.as_tensor(value, dtype=torch.float64).cpu()
+        values = torch.as_tensor(value, dtype=torch.float64, device='cpu')
         if values.dim() and values.shape != self.bias_scale.shape:
             raise ValueError(f'{list(values.shape)} scales for a parameter of shape {list(self.bias_scale.shape)}')
         if not ((values >= self.min_scale) & (values <= self.max_scale)).all():
