@@ -31,7 +31,7 @@ from .progress import Progress
 from .record import run_record, write_json
 from ..sensitivity import attention_entropy, attention_mass
 
-# %% ../../nbs/53b_logits.ipynb #5ee2287a
+# %% ../../nbs/53b_logits.ipynb #ee06b05c
 @torch.no_grad()
 def cross_attention_logits(attention, query, key):
     """Scores q·k/√d of a packed attention, before any bias.
@@ -61,15 +61,19 @@ def attention_statistics(logits, windows, bias=None):
         bias: [B, q, K] the bias that the layer adds, or None.
 
     Returns:
-        dict of [B, H, q] tensors: `spread`; `entropy`, `mass_lidar`, `mass_camera` without and `biased_entropy`, `biased_mass_lidar`,
-        `biased_mass_camera` with the bias. NaN where the sensor has no window for the query.
+        dict of [B, H, q] tensors: `spread`, and for both sensors `spread_lidar` over its own keys and `share_lidar` of the attention on all
+        of them; `entropy`, `mass_lidar`, `mass_camera` without and `biased_entropy`, `biased_mass_lidar`, `biased_mass_camera` with the
+        bias. A mass is NaN where the sensor has no window for the query.
     """
     modality = torch.tensor(windows.layout.modality, device=logits.device).repeat_interleave(
         torch.tensor([rows * cols for rows, cols in windows.layout.maps], device=logits.device))
-    mask, found = windows.mask(), dict(spread=logits.std(-1, correction=0))
+    mask, found, sensors = windows.mask(), dict(spread=logits.std(-1, correction=0)), tuple(enumerate(("lidar", "camera")))
+    for index, name in sensors:
+        found[f"spread_{name}"] = logits[..., modality == index].std(-1, correction=0)
+        found[f"share_{name}"] = attention_mass(logits, modality == index)
     for prefix, scores in (("", logits), ("biased_", logits if bias is None else logits + bias[:, None])):
         found[f"{prefix}entropy"] = attention_entropy(scores)
-        for index, name in enumerate(("lidar", "camera")):
+        for index, name in sensors:
             inside = (mask & (modality == index))[:, None]
             mass = attention_mass(scores, inside)
             found[f"{prefix}mass_{name}"] = mass.masked_fill(~inside.any(-1), torch.nan)
@@ -124,18 +128,19 @@ class AttentionProbe:
                 self.layers[index].append(attention_statistics(logits, windows.select(chosen), dense))
         self._inputs = {}
 
-# %% ../../nbs/53b_logits.ipynb #f28010f9
+# %% ../../nbs/53b_logits.ipynb #218c5819
 LEVELS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 def summary(values, levels=LEVELS):
-    """Number, mean and quantiles of a tensor, NaN left out; `levels` are those of the quantiles."""
+    """Number, mean and quantiles (six digits) of a tensor, NaN left out; `levels` are those of the quantiles."""
     values = values.double().flatten()
     values = values[~values.isnan()]
     if not len(values):
         return dict(count=0, mean=None, quantiles=None)
-    return dict(count=len(values), mean=float(values.mean()),
-                quantiles=torch.quantile(values, torch.tensor(levels, dtype=torch.float64, device=values.device)).tolist())
+    quantiles = torch.quantile(values, torch.tensor(levels, dtype=torch.float64, device=values.device))
+    six = lambda value: float(f"{value:.6g}")
+    return dict(count=len(values), mean=six(values.mean()), quantiles=[six(value) for value in quantiles])
 
 
 def summarised(layers, levels=LEVELS):
