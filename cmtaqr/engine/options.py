@@ -45,10 +45,10 @@ def _spell(hint):
     words = {type(None): "None", list[int]: "list of int", list[str]: "list of str"}
     return " or ".join(names) or words.get(hint, getattr(hint, "__name__", str(hint)))
 
-# %% ../../nbs/50_options.ipynb #985df670
-def option(default, text, *, low=None, above=None, choices=None, pattern=None):
-    """Declare a parameter: default, help text and the checks of a single value."""
-    return field(default=default, metadata=dict(help=text, low=low, above=above, choices=choices, pattern=pattern))
+# %% ../../nbs/50_options.ipynb #34b5e4e9
+def option(default, text, *, low=None, above=None, choices=None, pattern=None, example=None):
+    """Declare a parameter: default, help text, the checks of a single value, and an example where `-p` cannot give one."""
+    return field(default=default, metadata=dict(help=text, low=low, above=above, choices=choices, pattern=pattern, example=example))
 
 
 def _check_value(name, value, meta):
@@ -65,7 +65,7 @@ def _check_value(name, value, meta):
     if meta["pattern"] and not re.fullmatch(meta["pattern"], value):
         raise ParameterError(f"{name}={value!r} is unknown; expected {meta['pattern'].replace('|', ' or ')}")
 
-# %% ../../nbs/50_options.ipynb #c0c6e944
+# %% ../../nbs/50_options.ipynb #b6bd40e1
 class Parameters:
     """Base of the dataclasses that declare the parameters of a notebook; build one with `check` or `from_notebook`."""
 
@@ -87,9 +87,8 @@ class Parameters:
             if name not in known:
                 raise ParameterError(f"unknown parameter {name!r}{nearest(name, list(known))}")
             if not _accepts(value, hints[name]):
-                examples = {list[int]: "[8, 5]", list[str]: "[image, decoder]"}
-                example = next((text for kind, text in examples.items() if kind in get_args(hints[name])), None)
-                how = f"; pass lists with papermill -y '{name}: {example}'" if example else ""
+                example = known[name].metadata["example"]
+                how = f"; give it with papermill -y '{name}: {example}'" if example else ""
                 raise ParameterError(f"{name}={value!r} is a {type(value).__name__}, expected {_spell(hints[name])}{how}")
             _check_value(name, value, known[name].metadata)
         params = cls(**values)

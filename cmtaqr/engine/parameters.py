@@ -44,7 +44,7 @@ def find_config(config):
     where = f" (looked in {Path.cwd()})" if path.suffix == ".py" else ""
     raise ParameterError(f"no config {config!r}{where}{nearest(path.stem, config_names())}")
 
-# %% ../../nbs/50_parameters.ipynb #f588441f
+# %% ../../nbs/50_parameters.ipynb #dd6398af
 BIAS_FORMS = dict(uniform=dict(use_local_bias=True, use_gaussian_window=False),
                   gaussian=dict(use_local_bias=True, use_gaussian_window=True),
                   **{"global": dict(use_local_bias=False, use_gaussian_window=False)})
@@ -76,7 +76,8 @@ class RunParameters(Parameters):
     min_scale: float | None = option(None, "lower bound of the scale; None: the preset's", low=0)
     max_scale: float | None = option(None, "upper bound of the scale; None: the preset's", above=0)
     learnable_scale: bool | None = option(None, "train the scale; None: the config's")
-    window_size: int | list[int] | None = option(None, "AQR bias window in cells: int, or [camera, lidar] by -y", low=1)
+    window_size: int | list[int] | None = option(None, "AQR bias window in cells: int, or [camera, lidar] by -y", low=1,
+                                                 example="[8, 5]")
     bias_form: str | None = option(None, "AQR bias: uniform or gaussian in the window, or global; None: the config's",
                                    choices=lambda: list(BIAS_FORMS))
     scale_mode: str | None = option(None, "bounds of the scale: inward, clamp or smooth; None: the config's",
@@ -87,7 +88,8 @@ class RunParameters(Parameters):
     device: str = option("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda|cuda:\d+")
     precision: str | None = option(None, "fp32, bf16 or fp16 (the last on a GPU); None: the config's on a GPU, fp32 on a CPU "
                                    "and in evaluation", choices=lambda: ["fp32", "bf16", "fp16"])
-    compile: list[str] | None = option(None, "parts for torch.compile: image, bev, decoder; None: the config's")
+    compile: list[str] | None = option(None, "parts for torch.compile: image, bev, decoder; None: the config's",
+                                       example="[image, decoder]")
     resume: bool = option(False, "continue from checkpoint, or from the newest one in work_dir")
     checkpoint: str | None = option(None, "weights to start from: a .pth file, or a folder, then its newest")
     batch_size: int | None = option(None, "samples per step; None: the config's", low=1)
