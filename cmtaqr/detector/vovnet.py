@@ -42,7 +42,7 @@ class EffectiveSE(nn.Module):
         """[N, C, H, W] -> the same, each channel times a number in [0, 1]."""
         return x * F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
 
-# %% ../../nbs/31a_vovnet.ipynb #8450d3f9
+# %% ../../nbs/31a_vovnet.ipynb #421b1f95
 class OSABlock(nn.Module):
     """One-shot aggregation: a chain of 3 x 3 convolutions, all of whose results are concatenated once (Lee et al., 2019).
 
@@ -76,7 +76,7 @@ class OSABlock(nn.Module):
 
     def forward(self, x):
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp and x.requires_grad and torch.is_grad_enabled():  # nothing to recompute where nothing is kept
             return checkpoint(self._aggregate, x, use_reentrant=False, preserve_rng_state=False)
         return self._aggregate(x)
 

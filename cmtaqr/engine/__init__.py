@@ -5,7 +5,9 @@ except ImportError as error:
     raise ImportError('cmtaqr.engine needs mmengine: pip install "cmtaqr[detector]"') from error
 
 from cmtaqr.engine.fade import PasteFadeHook
+from cmtaqr.engine.frozen import FreezeHook
+from cmtaqr.engine.groups import GroupedOptimWrapperConstructor
 from cmtaqr.engine.hooks import HistoryHook, ProgressHook, ScaleHook
 from cmtaqr.engine.instruments import InstrumentsHook
 
-__all__ = ["HistoryHook", "InstrumentsHook", "PasteFadeHook", "ProgressHook", "ScaleHook"]
+__all__ = ["FreezeHook", "GroupedOptimWrapperConstructor", "HistoryHook", "InstrumentsHook", "PasteFadeHook", "ProgressHook", "ScaleHook"]

@@ -14,6 +14,7 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2, save_last=True),
 )
 custom_hooks = [
+    dict(type="FreezeHook"),  # freezes what the variable `frozen` names, if a config has it
     dict(type="ScaleHook"),
     dict(type="HistoryHook"),
     dict(type="ProgressHook"),

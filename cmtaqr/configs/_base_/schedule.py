@@ -8,6 +8,7 @@ peak = 6.0
 
 optim_wrapper = dict(
     type="OptimWrapper",
+    constructor="GroupedOptimWrapperConstructor",  # one optimiser group per key below
     optimizer=dict(type="AdamW", lr=1e-4, weight_decay=0.01),
     clip_grad=dict(max_norm=35, norm_type=2),
     paramwise_cfg=dict(
