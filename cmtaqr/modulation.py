@@ -90,7 +90,7 @@ ACTIVATIONS = {
 }
 MODES = 'element-wise', 'channel-wise', 'adaptive'
 
-# %% ../nbs/21_modulation.ipynb #e6883acc
+# %% ../nbs/21_modulation.ipynb #f99ad652
 class FeatureModulator(nn.Module):
     """Tokens times a weight map, with a residual connection.
 
@@ -110,8 +110,8 @@ class FeatureModulator(nn.Module):
             if value not in choices:
                 raise ValueError(f'FeatureModulator {name}={value!r}: choose one of {", ".join(choices)}')
         if not 0 < residual_weight < float('inf'):
-            raise ValueError(f'FeatureModulator residual_weight={residual_weight}: expected a positive number, such as 1 (version 1) '
-                             'or 0.1 (version 2)')
+            raise ValueError(f'FeatureModulator residual_weight={residual_weight}: expected a positive number, such as 1 '
+                             '(version 1) or 0.1 (version 2)')
         self.embed_dims, self.mode, self.activation, self.residual_weight = embed_dims, mode, activation, float(residual_weight)
         if mode == 'channel-wise':
             self.gain = nn.Parameter(torch.ones(2, embed_dims))
