@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'MixedPrecisionWrapper', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #9d6d4076
+# %% ../../nbs/52_runner.ipynb #0bfc43e2
 import contextlib
 import copy
 import itertools
@@ -23,10 +23,11 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from .configure import stretched
+from .frozen import freeze_modules
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
 
-# %% ../../nbs/52_runner.ipynb #7095ef7d
+# %% ../../nbs/52_runner.ipynb #00616728
 _runs = itertools.count()
 
 
@@ -43,7 +44,8 @@ class FileLogRunner(Runner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
-        """Compile the parts asked for; put the model where the run was told to, also on the CPU of a machine with a GPU."""
+        """Freeze, compile the parts asked for; put the model where the run was told to, also the CPU of a machine with a GPU."""
+        freeze_modules(model, self.cfg.get("frozen") or [])  # before several processes' wrapper asks what will have gradients
         if self.cfg.get("compiled_parts"):
             from cmtaqr.detector.inference import compile_parts
             compile_parts(model, self.cfg.compiled_parts)
