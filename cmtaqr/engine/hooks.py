@@ -31,14 +31,16 @@ def find_scales(model):
     needed = ("bias_scale", "min_scale", "max_scale", "scale")
     return {n: m for n, m in model.named_modules() if all(hasattr(m, a) for a in needed)}
 
-# %% ../../nbs/51_hooks.ipynb #70c4f596
+# %% ../../nbs/51_hooks.ipynb #32b3e039
 @HOOKS.register_module(force=True)
 class ScaleHook(Hook):
     """Log `bias_scale` and its gradient, and warn when it comes close to a bound.
 
     The scalars go to the message hub as `train/bias_scale` and `train/bias_scale_grad` (prefixed by the module name where a
     model has several), from where the text log, TensorBoard and `HistoryHook` take them. The gradient is that of the loss,
-    before clipping and without the loss scale of mixed precision; it is absent where nothing reached the scale.
+    before clipping and without the loss scale of mixed precision; it is absent where nothing reached the scale. Of a scale per
+    layer these are the mean of the scales and the sum of their gradients, and each layer adds its own as
+    `train/bias_scale_layer0` and `train/bias_scale_grad_layer0`.
 
     Args:
         upper: Warn above this share of `max_scale`.
@@ -71,11 +73,17 @@ class ScaleHook(Hook):
         """Publish value and gradient of every scale, and compare the value with its bounds."""
         for name, module in self._scales.items():
             prefix = "train/" if len(self._scales) == 1 else f"train/{name}."
-            value = float(module.scale().detach())
-            runner.message_hub.update_scalar(prefix + "bias_scale", value)
+            values = module.scale().detach().flatten().tolist()
+            self._publish(runner, prefix + "bias_scale", values, sum(values) / len(values))
             if name in self._gradients:
-                runner.message_hub.update_scalar(prefix + "bias_scale_grad", float(self._gradients[name]) / self._loss_scale)
-            self._report(runner, name, module, value)
+                gradients = [g / self._loss_scale for g in self._gradients[name].flatten().tolist()]
+                self._publish(runner, prefix + "bias_scale_grad", gradients, sum(gradients))
+            for layer, value in enumerate(values):
+                self._report(runner, f"{name}.bias_scale" + (f"[{layer}]" if len(values) > 1 else ""), module, value)
+
+    def _publish(self, runner, key, values, together):
+        layers = {f"{key}_layer{i}": v for i, v in enumerate(values)} if len(values) > 1 else {}
+        runner.message_hub.update_scalars({key: together, **layers})
 
     def _report(self, runner, name, module, value):
         low, high = self.lower * module.min_scale, self.upper * module.max_scale
@@ -83,7 +91,7 @@ class ScaleHook(Hook):
         if state == self._state.get(name, "inside"):
             return
         self._state[name] = state
-        where = f"iteration {runner.iter + 1}: {name}.bias_scale = {value:.3f}"
+        where = f"iteration {runner.iter + 1}: {name} = {value:.3f}"
         if state == "inside":
             runner.logger.info(f"{where} is away from its bounds again")
             return
@@ -122,7 +130,7 @@ def custom_keys(cfg):
     """Keys of `optim_wrapper.paramwise_cfg.custom_keys` of a runner's config, or an empty list."""
     return list(((cfg.get("optim_wrapper") or {}).get("paramwise_cfg") or {}).get("custom_keys") or {})
 
-# %% ../../nbs/51_hooks.ipynb #e214d9db
+# %% ../../nbs/51_hooks.ipynb #4abc0d41
 def _number(value):
     return float(value.detach() if hasattr(value, "detach") else value)
 
@@ -141,8 +149,8 @@ def read_history(folder, filename="history.json"):
 
     Returns:
         Dictionary with `records` (list of flat dictionaries: `iter` counted from 1, `epoch`, loss terms, `lr/<group>`,
-        `grad_norm`, `time` and `data_time` in seconds, `samples`, `bias_scale`, `bias_scale_grad`; a value that was not
-        finite is None) and `bounds` (scale name to `[min_scale, max_scale]`).
+        `grad_norm`, `time` and `data_time` in seconds, `samples`, `bias_scale`, `bias_scale_grad`, of a scale per
+        layer also `bias_scale_layer0` and so on; a value that was not finite is None) and `bounds` (scale name to `[min_scale, max_scale]`).
 
     Raises:
         FileNotFoundError: The folder holds no history.
