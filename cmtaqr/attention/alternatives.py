@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'DIM', 'SMALL', 'LARGE', 'POINTS', 'ALTERNATIVES', 'Point', 'inputs', 'Alternative']
 
-# %% ../../nbs/18_alternatives.ipynb #d239bfb6
+# %% ../../nbs/18_alternatives.ipynb #db487af0
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from .dispatch import biased_attention
+from .flex import _compiled_flex, flex_biased_attention
 from .window import window_attention
 from .window_benchmark import ring_windows
 from ..bias import LocalBias
@@ -73,37 +74,15 @@ def inputs(point: Point, device: str, dtype: torch.dtype) -> SimpleNamespace:
     needed = dict(q=q, k=k, v=v, value=value, weights=weights)
     return SimpleNamespace(**{name: t.requires_grad_() for name, t in needed.items()}, grad=grad, windows=windows)
 
-# %% ../../nbs/18_alternatives.ipynb #07c64abf
+# %% ../../nbs/18_alternatives.ipynb #0fbc8e43
 def _flex(x):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    layout, maps = x.windows.layout, x.windows.layout.num_maps
-    lidar_rows, lidar_cols = layout.lidar or (0, 1)
-    _, rows, cols = layout.camera or (0, 1, 1)
-    lidar, first = lidar_rows * lidar_cols, 1 if layout.lidar else 0
-    corners, value, last = x.windows.bounds().int(), x.value, maps - 1
-
-    def score_mod(score, b, h, query, key):
-        place = (key - lidar).clamp(min=0)
-        m = torch.where(key < lidar, 0, (first + place // (rows * cols)).clamp(max=last))
-        row = torch.where(key < lidar, key // lidar_cols, place % (rows * cols) // cols)
-        col = torch.where(key < lidar, key % lidar_cols, place % cols)
-        row0, row1, col0, col1 = (corners[b, query, m, i] for i in range(4))
-        inside = (row >= row0) & (row < row1) & (col >= col0) & (col < col1)
-        return score + torch.where(inside, value[b, query, torch.where(key < lidar, 0, 1)], 0.0)
-
-    return score_mod, flex_attention
-
-
-def _flex_attention(x):
     if not hasattr(x, 'flex'):
-        torch._dynamo.reset()  # the limit on recompilations is for all points together
-        mod, attention = _flex(x)
-        x.flex = partial(torch.compile(attention, dynamic=False, fullgraph=True) if x.q.is_cuda else attention, score_mod=mod)
-    # on a CPU it has no backward pass, and refuses tensors that may ask for one
-    return x.flex(*(t if torch.is_grad_enabled() else t.detach() for t in (x.q, x.k, x.v)))
+        torch._dynamo.reset()  # sizes of one point only, and the limit on recompilations is for all points together
+        _compiled_flex.cache_clear()
+        x.flex = True
+    return flex_biased_attention(x.q, x.k, x.v, _bias(x))
 
-# %% ../../nbs/18_alternatives.ipynb #482e2c0a
+# %% ../../nbs/18_alternatives.ipynb #76e1fc7f
 def _bias(x):
     return LocalBias(x.windows, x.value)
 
@@ -174,5 +153,5 @@ ALTERNATIVES = {
     'cudnn_dense': Alternative(_sdpa_dense, (), SDPBackend.CUDNN_ATTENTION),
     'efficient_dense': Alternative(_sdpa_dense, _BIASED, SDPBackend.EFFICIENT_ATTENTION),
     'unfused_dense': Alternative(_unfused, _BIASED),
-    'flex': Alternative(_flex_attention, _BIASED, compiled=True),
+    'flex': Alternative(_flex, _BIASED, compiled=True),
 }

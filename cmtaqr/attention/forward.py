@@ -115,9 +115,10 @@ def _forward(q, k, v, order, centres, ranges, value, ignored, out, lse,
     tl.store(out + split * o_split + sample * o_batch + head * o_head + rows * o_row + dims[None, :], result.to(out.dtype.element_ty), ok[:, None])
     tl.store(lse + (split * batch * heads + plane).to(tl.int64) * queries + query, level, ok)
 
-# %% ../../nbs/13_forward.ipynb #4374373b
+# %% ../../nbs/13_forward.ipynb #0d716ccd
 @triton.jit
-def _merge(parts, levels, out, exact, lse, o_batch, o_head, o_row, heads, queries, planes, splits, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _merge(parts, levels, out, exact, lse, o_batch, o_head, o_row, heads, queries, planes, splits, EXACT: tl.constexpr,
+           DIM: tl.constexpr, BLOCK: tl.constexpr):
     plane = tl.program_id(1)
     sample, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -137,6 +138,7 @@ def _merge(parts, levels, out, exact, lse, o_batch, o_head, o_row, heads, querie
     result = sums / tl.where(some, total, 1.0)[:, None]
     place = sample * o_batch + head * o_head + query.to(tl.int64)[:, None] * o_row + dims[None, :]
     tl.store(out + place, result.to(out.dtype.element_ty), ok[:, None])
-    tl.store(exact + place, result, ok[:, None])
+    if EXACT:
+        tl.store(exact + place, result, ok[:, None])
     # infinity where there was no key: the backward pass then finds probabilities of 0
     tl.store(lse + plane.to(tl.int64) * queries + query, tl.where(some, shift + tl.log2(tl.where(some, total, 1.0)), float('inf')), ok)

@@ -47,7 +47,7 @@ def launch_for(dim: int, dtype: torch.dtype) -> Launch:
         return LAUNCH[dim, dtype]
     return Launch(forward=(4, 2, None), query=(4, 2, None), key=(4, 2, None)) if dim > 64 or dtype == torch.float32 else Launch()
 
-# %% ../../nbs/15_fused.ipynb #ed12b672
+# %% ../../nbs/15_fused.ipynb #206d7fca
 def _splits(launch, batch, heads, queries, layout, device):
     """Runs of keys treated apart, so that few queries still fill the device: (LiDAR splits, views per split, splits).
 
@@ -69,8 +69,8 @@ def _maps(layout, decay):
     return lidar_rows * lidar_cols, lidar_cols, lidar_size, decay[0], camera_rows * camera_cols, camera_cols, camera_size, decay[1]
 
 
-def _empty_outputs(q):
-    return _like_heads(q), _like_heads(q, torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_outputs(q, exact):
+    return _like_heads(q), _like_heads(q if exact else q[:0], torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _strides(*tensors):
@@ -81,18 +81,20 @@ def _options(q, ignored, kind):
     return dict(KIND=kind, MASKED=ignored.numel() > 0, DIM=q.shape[-1], BLOCK=BLOCK, TILE=TILE,
                 PRECISION='ieee' if q.dtype == torch.float32 else 'tf32')
 
-# %% ../../nbs/15_fused.ipynb #f736fe6d
+# %% ../../nbs/15_fused.ipynb #e72c1836
 @torch.library.custom_op('cmtaqr::attention', mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor, ignored: Tensor,
-                 layout: list[int], decay: list[float], kind: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, Q, D], the same in fp32, and log-sum-exp [B, H, Q] (base 2, fp32) of attention; see `fused_attention`."""
+                 layout: list[int], decay: list[float], kind: int, scale: float,
+                 exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, Q, D], the same in fp32 (with `exact`; without it there is no backward pass), and log-sum-exp [B, H, Q] (base 2,
+    fp32) of attention; see `fused_attention`."""
     batch, heads, queries, dim = q.shape
     launch = launch_for(dim, q.dtype)
-    out, exact, lse = _empty_outputs(q)
+    out, wide, lse = _empty_outputs(q, exact)
     if not out.numel():
-        return out, exact, lse
+        return out, wide, lse
     if not k.shape[2]:
-        return out.zero_(), exact.zero_(), lse.fill_(math.inf)
+        return out.zero_(), wide.zero_(), lse.fill_(math.inf)
     lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device)
     blocks, planes = triton.cdiv(queries, BLOCK), batch * heads
     parts = q.new_empty(splits, batch, heads, queries, dim, dtype=torch.float32)
@@ -101,15 +103,16 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
         q, k, v, order, centres, ranges, value, ignored, parts, levels, *_strides(q, k, v), *parts.stride()[:4],
         batch, heads, queries, k.shape[2], blocks * BLOCK, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits, layout[4],
         views_per_split, *_maps(layout, decay), **_options(q, ignored, kind), **_compiler(launch.forward))
-    _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, exact, lse, *_strides(out), heads, queries, planes, splits, DIM=dim, BLOCK=16)
-    return out, exact, lse
+    _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, wide, lse, *_strides(out), heads, queries, planes, splits, EXACT=exact,
+                                                     DIM=dim, BLOCK=16)
+    return out, wide, lse
 
 
 @attention_op.register_fake
-def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale):
-    return _empty_outputs(q)
+def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact=True):
+    return _empty_outputs(q, exact)
 
-# %% ../../nbs/15_fused.ipynb #d4e31c4a
+# %% ../../nbs/15_fused.ipynb #f25625ad
 @torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
 def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
                           ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
@@ -171,7 +174,9 @@ def _(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout,
 
 
 def _setup(ctx, inputs, output):
-    *tensors, layout, decay, kind, scale = inputs
+    *tensors, layout, decay, kind, scale, exact = inputs
+    if not exact and any(ctx.needs_input_grad):
+        raise RuntimeError('attention_op(..., exact=False) keeps nothing for a backward pass: detach the inputs or leave exact=True')
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.settings = layout, decay, kind, scale
     ctx.mark_non_differentiable(*output[1:])
@@ -180,10 +185,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     wants = [ctx.needs_input_grad[i] for i in range(4)]
     grads = attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings, wants)
-    return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 8)
+    return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
@@ -202,7 +207,7 @@ def _(cells, seen, layout, block, tile):
     return (seen.new_empty((layout[0] > 0) + (layout[4] > 0), batch, blocks * block, dtype=torch.int32),
             seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32), seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #6fd4fec6
+# %% ../../nbs/15_fused.ipynb #000f6d21
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
     return plan_op(bias.windows.cells.contiguous(), bias.windows.seen.contiguous(), layout_numbers(bias.windows), BLOCK, TILE)
@@ -246,4 +251,5 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
     else:
         numbers = [1, 1, k.shape[2], 1, 0, 1, 1, 1]
     ignored = nothing if key_mask is None else key_mask.contiguous()
-    return attention_op(q, k, v, value, order, centres, ranges, ignored, numbers, decay, kind, scale)[0]
+    exact = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, value))
+    return attention_op(q, k, v, value, order, centres, ranges, ignored, numbers, decay, kind, scale, exact)[0]
