@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['config_of', 'find_info', 'sample_tokens']
 
-# %% ../../nbs/56a_lookup.ipynb #c02181e2
+# %% ../../nbs/56a_lookup.ipynb #3cab4492
 import json
 import pickle
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..data.frames import require_root
 from ..data.nuscenes import SPLITS, camera_channels, frame_info
 from ..detector.checkpoint import read_checkpoint
 from ..detector.convert import fit
-from .configure import _put_aqr, load_config
-from .parameters import config_names
+from .aqr import put_aqr
+from .configure import load_config
+from .parameters import RunParameters, config_names
 
-# %% ../../nbs/56a_lookup.ipynb #8f14cd9b
+# %% ../../nbs/56a_lookup.ipynb #476d3950
 def config_of(checkpoint, config=None):
     """Config with which a checkpoint is to be used.
 
@@ -35,9 +36,10 @@ def config_of(checkpoint, config=None):
     """
     record = checkpoint.with_name("run.json")
     if config is None and record.is_file():
-        params = SimpleNamespace(**json.loads(record.read_text())["parameters"])
+        recorded, known = json.loads(record.read_text())["parameters"], {f.name for f in fields(RunParameters)}
+        params = RunParameters(**{name: value for name, value in recorded.items() if name in known})
         cfg = load_config(params.config)
-        _put_aqr(cfg, params)
+        put_aqr(cfg, params)
         return cfg, f"{params.config} of {record.name}"
     if config is not None:
         return load_config(config), "the caller"
