@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BINS', 'MODALITIES', 'tally', 'distribution', 'attention_sums', 'read_instruments', 'InstrumentsHook']
 
-# %% ../../nbs/53a_instruments.ipynb #af16c0d3
+# %% ../../nbs/53a_instruments.ipynb #371e4f3e
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.nn import functional as F
 
-from .record import write_json
+from .record import _plain
 
 # %% ../../nbs/53a_instruments.ipynb #7d09a4ac
 BINS = 41
@@ -102,7 +103,7 @@ def attention_sums(attention, query, key, bias=None, layout=None, first=0, count
             total += torch.cat([biased, without]).double()
     return torch.cat([total.new_full((1,), float(q.shape[:3].numel())), total])
 
-# %% ../../nbs/53a_instruments.ipynb #80d22215
+# %% ../../nbs/53a_instruments.ipynb #be911aea
 def _share(part, whole):
     return part / whole if whole else None
 
@@ -119,7 +120,7 @@ def _flat(node, prefix):
     if isinstance(node, (dict, list)):
         items = node.items() if isinstance(node, dict) else enumerate(node)
         return {k: v for name, child in items if name != "histogram" for k, v in _flat(child, f"{prefix}/{name}").items()}
-    return {prefix: node} if node is not None and math.isfinite(node) else {}
+    return {} if node is None else {prefix: node}
 
 
 def read_instruments(folder, filename="instruments.json"):
@@ -140,7 +141,7 @@ def read_instruments(folder, filename="instruments.json"):
         raise FileNotFoundError(f"no {path}: was {folder} trained with AQR and with InstrumentsHook among its hooks?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/53a_instruments.ipynb #cdf87a57
+# %% ../../nbs/53a_instruments.ipynb #178b8b22
 @HOOKS.register_module(force=True)
 class InstrumentsHook(Hook):
     """Record what AQR decides, in TensorBoard and in a JSON file of the work folder; never on the terminal.
@@ -247,7 +248,7 @@ class InstrumentsHook(Hook):
         all_reduce(sums)
         parts = zip(self._sums, sums.cpu().split([x.numel() for x in self._sums.values()]))
         record = self._record({name: part.view(self._sums[name].shape).tolist() for name, part in parts})
-        self.records.append(dict(iter=runner.iter + 1, **record))
+        self.records.append(_plain(dict(iter=runner.iter + 1, **record)))
         self._sums = {}
         if is_main_process():
             self._publish(runner, self.records[-1])
@@ -284,10 +285,12 @@ class InstrumentsHook(Hook):
         if self._head is None or not is_main_process():
             return
         began, generator = time.perf_counter(), self._generator
-        names = ("interval", "layer", "queries", "margin", "full")
-        write_json(self._path, dict(
-            settings={n: getattr(self, n) for n in names}, limit=generator and generator.limit,
-            bounds=generator and [generator.min_scale, generator.max_scale], records=self.records))
+        settings = {n: getattr(self, n) for n in ("interval", "layer", "queries", "margin", "full")}
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(dict(  # on one line: Python writes it many times faster than an indented one
+            settings=settings, limit=generator and generator.limit, bounds=generator and [generator.min_scale, generator.max_scale],
+            records=self.records)))
+        os.replace(part, self._path)
         self._written = time.perf_counter()
         self._pause = max(self.seconds, 500 * (self._written - began))
 
