@@ -10,7 +10,8 @@ from cmtaqr.detector import sparse  # before mmdet3d's own modules, which take t
 # isort: split
 from cmtaqr.bias import AttentionBiasGenerator
 from cmtaqr.detector import branches, decoder, detector, head, image, vovnet  # noqa: F401
+from cmtaqr.modulation import FeatureModulator, WeightRenderer
 from cmtaqr.router import AQRWeightGenerator
 
-for _module in (AQRWeightGenerator, AttentionBiasGenerator, sparse.LidarVoxelizer):
+for _module in (AQRWeightGenerator, AttentionBiasGenerator, WeightRenderer, FeatureModulator, sparse.LidarVoxelizer):
     MODELS.register_module(module=_module, force=True)

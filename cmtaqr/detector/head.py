@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['CmtHead']
 
-# %% ../../nbs/36_head.ipynb #31024db2
-import math
-
+# %% ../../nbs/36_head.ipynb #00743ff7
 import torch
 from mmcv.cnn import ConvModule
 from mmdet.utils import reduce_mean
@@ -17,22 +15,23 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import nn
 
+from .aqr import AqrMixin
 from .branches import BRANCHES, SeparateTaskHead, decode_predictions, ground_truth, image_size, stack_lidar2img
 from .denoising import make_denoising
 from .losses import LossSettings, denoising_loss, encode_boxes, set_loss
 from .positions import PositionMixin
 from .precision import island
 from .sparse import device_constant
-from .tokens import camera_matrices, clamp_anchors, inverse_sigmoid
-from ..geometry import TokenLayout, query_windows
+from .tokens import camera_matrices, inverse_sigmoid
+from ..geometry import TokenLayout
 
 # %% ../../nbs/36_head.ipynb #6f3727ff
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #cc537158
+# %% ../../nbs/36_head.ipynb #69f6dfa8
 @MODELS.register_module(force=True)
-class CmtHead(PositionMixin, BaseModule):
+class CmtHead(AqrMixin, PositionMixin, BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
 
     Args:
@@ -51,8 +50,7 @@ class CmtHead(PositionMixin, BaseModule):
         max_num, post_center_range, score_threshold: See `decode_predictions`.
         denoising: Keyword arguments `groups`, `noise_scale` of `make_denoising`; None trains without denoising.
         loss: Fields of `LossSettings`.
-        aqr: None, or dict(router=config of `AQRWeightGenerator`, bias=config of `AttentionBiasGenerator`, views='all' or
-            'first' for the windows, initial_weight=weight in (-1, 1) that all queries start with: 0, the default, starts as CMT).
+        aqr: None, or the config that `AqrMixin` describes: version, the configs of its parts, and options.
     """
 
     def __init__(self, transformer, point_cloud_range, tasks, in_channels=512, use_camera=True, voxel_size=None, grid_size=None,
@@ -82,24 +80,12 @@ class CmtHead(PositionMixin, BaseModule):
         layers = len(self.transformer.decoder.layers)
         self.task_heads = nn.ModuleList(
             SeparateTaskHead(hidden_dim, n, layers, head_channels, final_kernel, init_bias) for n in self.tasks)
-        self.with_aqr = aqr is not None
-        if self.with_aqr:
-            self.aqr_router = MODELS.build({"embed_dims": hidden_dim, **aqr["router"]})
-            self.aqr_bias = MODELS.build(aqr["bias"])
-            self.views, self.initial_weight = aqr.get("views", "all"), float(aqr.get("initial_weight", 0.0))
-            if not -1 < self.initial_weight < 1:
-                raise ValueError(f"aqr initial_weight={self.initial_weight} must lie between -1 and 1")
-            self._start_weights()
-
-    def _start_weights(self):
-        """Let the router answer `initial_weight` for every query and sensor."""
-        nn.init.constant_(self.aqr_router.to_weights.bias, math.atanh(self.initial_weight))
+        self.build_aqr(aqr, hidden_dim, layers)
 
     def init_weights(self):
         """mmengine's initialisation, then the router's first answer."""
         super().init_weights()
-        if self.with_aqr:
-            self._start_weights()
+        self.start_weights()
 
     def tokens(self, pts_feat, img_feat, views=None):
         """Both features as one list: BEV cells row by row, then image cells by view, row and column.
@@ -150,8 +136,7 @@ class CmtHead(PositionMixin, BaseModule):
 
         Returns:
             dict(tasks: per task a dict of [L, B, Q, c]; dn_tasks: the same for the denoising slots, or None;
-            dn: `DenoisingQueries` or None; aqr: None, or dict(weights [B, Q, 2] (LiDAR, camera), bias, windows,
-            points [B, Q, 3] metres), each with the denoising queries first).
+            dn: `DenoisingQueries` or None; aqr: None, or what `apply_aqr` returns, with the denoising queries first).
 
         Raises:
             ValueError: Both features are None, or a shape does not fit.
@@ -170,11 +155,7 @@ class CmtHead(PositionMixin, BaseModule):
         if dn is not None:
             anchors = torch.cat([dn.anchors, anchors], 1)
         memory_pos, query_pos = self.positions(anchors, layout, matrices, size)
-        aqr = None
-        if self.with_aqr:
-            points, windows = self.windows(anchors, layout, matrices, size)
-            weights = self.aqr_router(query_pos, memory, memory_pos, windows)
-            aqr = dict(weights=weights, bias=self.bias(weights, windows), windows=windows, points=points)
+        memory, aqr = self.apply_aqr(memory, memory_pos, query_pos, anchors, layout, matrices, size, dn.num_slots if dn else 0)
         decoded = self.transformer(memory, memory_pos, query_pos, dn and dn.mask, aqr and aqr["bias"], layout)
         tasks = self.boxes(decoded, anchors)
         if dn is None:
@@ -182,18 +163,6 @@ class CmtHead(PositionMixin, BaseModule):
         split = [{k: (v[:, :, : dn.num_slots], v[:, :, dn.num_slots :]) for k, v in task.items()} for task in tasks]
         dn_tasks, tasks = ([{k: v[i] for k, v in task.items()} for task in split] for i in (0, 1))
         return dict(tasks=tasks, dn_tasks=dn_tasks, dn=dn, aqr=aqr)
-
-    @island("windows")
-    def windows(self, anchors, layout, matrices=None, size=None):
-        """Reference points [B, Q, 3] in metres and the `Windows` around their projections."""
-        points = self.metres(clamp_anchors(anchors.detach()))
-        return points, query_windows(points, matrices and matrices.exact, size, layout, self.point_cloud_range, self.cell_size,
-                                     self.aqr_bias.window_sizes, self.views)
-
-    @island("bias")
-    def bias(self, weights, windows):
-        """`LocalBias` of the router's weights [B, Q, 2]."""
-        return self.aqr_bias(weights, windows)
 
     def loss(self, pts_feat, img_feat, samples):
         """Losses of a batch.
@@ -204,10 +173,12 @@ class CmtHead(PositionMixin, BaseModule):
 
         Returns:
             dict of scalars: loss_cls, loss_bbox, dn_loss_cls, dn_loss_bbox for the last layer, with prefix `d{i}.` for layer
-            i before it.
+            i before it; loss_aqr where the router is supervised.
         """
         boxes, labels = ground_truth(samples, self.reference_points.weight.device, sum(self.tasks))
-        return self.loss_by_feat(self(pts_feat, img_feat, [s.metainfo for s in samples], gt=(boxes, labels)), boxes, labels)
+        metas = [s.metainfo for s in samples]
+        out = self(pts_feat, img_feat, metas, gt=(boxes, labels))
+        return {**self.loss_by_feat(out, boxes, labels), **self.aqr_loss(out["aqr"], metas)}
 
     @island("losses")
     def loss_by_feat(self, out, boxes, labels):
