@@ -8,7 +8,7 @@ __all__ = ['put_aqr']
 # %% ../../nbs/50c_aqr.ipynb #70318559
 from .parameters import BIAS_FORMS, BIAS_PARAMETERS, ParameterError
 
-# %% ../../nbs/50c_aqr.ipynb #9939ba45
+# %% ../../nbs/50c_aqr.ipynb #adb34b69
 def _put_version(head, params):
     """The version of AQR in the head's config: what it does not use goes, what it lacks comes with its defaults."""
     version = 0 if params.enable_aqr is False else params.version
@@ -29,7 +29,7 @@ def _put_version(head, params):
 
 
 def put_aqr(cfg, params):
-    """Put AQR into the model of a config or take it out; set its version and its bias.
+    """Put AQR into the model of a config or take it out; set its version, its window and its bias.
 
     Args:
         cfg: mmengine `Config`, changed in place.
@@ -41,9 +41,12 @@ def put_aqr(cfg, params):
     head = cfg.model.get("pts_bbox_head", cfg.model)
     _put_version(head, params)
     given = {n: getattr(params, n) for n in BIAS_PARAMETERS if getattr(params, n) is not None}
-    bias = (head.get("aqr") or {}).get("bias")
+    aqr = head.get("aqr") or {}
+    bias = aqr.get("bias")
+    if aqr.get("renderer") and "window_size" in given:
+        aqr["renderer"]["window_size"] = given.pop("window_size")
     if given and not bias:
-        what, add = ("no AQR", "enable_aqr=True") if not head.get("aqr") else ("AQR without an attention bias", "version=3")
+        what, add = ("AQR without an attention bias", "version=3") if aqr else ("no AQR", "enable_aqr=True")
         raise ParameterError(f"{', '.join(given)} given, but config {params.config!r} has {what}: add {add}")
     if bias:
         if "preset" in given:  # a preset chosen now replaces scale values that the config wrote beside its own
@@ -53,6 +56,6 @@ def put_aqr(cfg, params):
         bias.update(given)
         from cmtaqr.bias import AttentionBiasGenerator
         try:
-            AttentionBiasGenerator(**{k: v for k, v in bias.items() if k != "type"})
+            AttentionBiasGenerator(**{"num_layers": 1, **{k: v for k, v in bias.items() if k != "type"}})  # any number: a check
         except ValueError as error:
             raise ParameterError(f"config {params.config!r} with the given parameters: {error}") from error

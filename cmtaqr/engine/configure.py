@@ -6,7 +6,7 @@
 __all__ = ['load_config', 'resolve_device', 'stretched', 'checkpoint_file', 'run_config', 'check_data', 'changes',
            'differs_from_training']
 
-# %% ../../nbs/51a_configure.ipynb #47026941
+# %% ../../nbs/51a_configure.ipynb #57a3282d
 import json
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from .aqr import put_aqr
+from .frozen import apply_freezing
 from .parameters import ParameterError, find_config, package_root
 
 # %% ../../nbs/51a_configure.ipynb #c30748c9
@@ -146,7 +147,7 @@ def _put_test(cfg, params):
     if frames is not None:
         cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #31f541e4
+# %% ../../nbs/51a_configure.ipynb #1b4adee9
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest.
 
@@ -197,7 +198,6 @@ def run_config(params, notebook=None):
         loader.update({k: getattr(params, k) for k in ("batch_size", "num_workers") if getattr(params, k) is not None})
         loader["persistent_workers"] = bool(loader.get("persistent_workers")) and loader["num_workers"] > 0
     if params.freeze is not None and not evaluation:
-        from cmtaqr.engine.freeze import apply_freezing
         apply_freezing(cfg, params.freeze)
     if params.lr is not None and cfg.get("optim_wrapper"):
         cfg.optim_wrapper.optimizer.lr = params.lr

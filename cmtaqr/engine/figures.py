@@ -55,9 +55,11 @@ def plot_losses(history):
     axis.legend(ncols=2, fontsize="small")
     return figure
 
-# %% ../../nbs/54_figures.ipynb #7e2f8c0c
+# %% ../../nbs/54_figures.ipynb #45f77112
 def plot_scale(history, upper=0.9, lower=1.1):
     """`bias_scale` with its bounds and warning zones, and its gradient below; None for a run without AQR.
+
+    Scales per layer are dotted, their mean and the sum of their gradients solid.
 
     Args:
         history: From `read_history`.
@@ -69,7 +71,9 @@ def plot_scale(history, upper=0.9, lower=1.1):
         return None
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=[2, 1], layout="constrained")
     for name, (low, high) in zip(names, history["bounds"].values()):
-        top.plot(records["iter"], records[name], label=name)
+        line, = top.plot(records["iter"], records[name], label=name)
+        for layer in [c for c in records if c.startswith(f"{name}_layer")]:
+            top.plot(records["iter"], records[layer], ":", color=line.get_color(), linewidth=1)
         for bound, edge in ((low, low * lower), (high, high * upper)):
             top.axhline(bound, color="black", linestyle="--", linewidth=1)
             top.axhspan(min(bound, edge), max(bound, edge), color="tab:red", alpha=0.1)

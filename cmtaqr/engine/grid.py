@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AXES', 'BASE', 'check_axes', 'effective', 'Point', 'grid', 'SweepParameters', 'claim_folder']
 
-# %% ../../nbs/56d_grid.ipynb #ed932be9
+# %% ../../nbs/56d_grid.ipynb #d6508f22
 import itertools
 import json
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .options import ParameterError, Parameters, nearest, option
-from .parameters import BIAS_PARAMETERS, TrainParameters
+from .parameters import TrainParameters, without_effect
 from .record import write_json
 
 # %% ../../nbs/56d_grid.ipynb #b90488fb
@@ -59,11 +59,11 @@ def check_axes(axes):
             raise ParameterError(f"axis {name}={values!r} has a value twice")
     return {name: list(values) for name, values in axes.items()}
 
-# %% ../../nbs/56d_grid.ipynb #ff70d999
+# %% ../../nbs/56d_grid.ipynb #1898a8e3
 def effective(values):
     """The train parameters that have an effect; None, the config's own value, is left out."""
     version = 0 if values.get("enable_aqr") is False else values.get("version")
-    idle = BIAS_PARAMETERS if version in (0, 1, 2) else ("window_size",) if values.get("bias_form") == "global" else ()
+    idle = without_effect(version, values.get("bias_form"))
     return {name: value for name, value in values.items() if value is not None and name not in idle}
 
 
@@ -159,13 +159,14 @@ class SweepParameters(Parameters):
         """The grid, see `grid`."""
         return grid(check_axes(self.axes), self.base_point(), self.product)
 
-# %% ../../nbs/56d_grid.ipynb #fef6d592
-def claim_folder(params, folder):
+# %% ../../nbs/56d_grid.ipynb #60bb33bd
+def claim_folder(params, folder, keep=True):
     """Make the folder of a sweep, or check that it belongs to the same one.
 
     Args:
         params: `SweepParameters`.
         folder: Its folder.
+        keep: Write the base point; False only looks.
 
     Raises:
         ParameterError: The folder cannot be written, or holds a sweep of another base point.
@@ -175,8 +176,9 @@ def claim_folder(params, folder):
     plan = {n: json.loads(json.dumps(v)) for n, v in plan.items() if n not in ("num_workers", "device")}
     file = folder / "plan.json"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         found = json.loads(file.read_text()) if file.is_file() else None
-        if found is None:
+        if found is None and keep:
             write_json(file, plan)
     except (OSError, ValueError) as error:
         raise ParameterError(f"cannot keep a sweep in {folder}: {error}; choose another work_dir") from error
