@@ -11,12 +11,12 @@ from functools import wraps
 
 import torch
 
-# %% ../../nbs/35b_precision.ipynb #b3a4410e
+# %% ../../nbs/35b_precision.ipynb #7e03a7db
 FP32_ISLANDS = {
     "sparse encoder": "voxels and 3-D convolutions: coordinates, intensities up to 255, and means over few points",
     "positions": "matrix inversion (float64), projection, rays, sinusoids, anchors, inverse_sigmoid, the MLPs that embed them",
     "windows": "projection of the queries (float64) to cells: half a cell decides which keys a query is biased to",
-    "bias": "the router's tanh, the bias scale and their product",
+    "bias": "the router's tanh, the bias scale and their product; in versions 1 and 2 the weight maps",
     "boxes": "task heads, inverse_sigmoid of the anchors, and their sum in metres; non-finite queries are set to numbers first",
     "decoding": "scores, box corners, exponentials of the sizes",
     "losses": "targets, matching costs, focal and L1 losses: logarithms of probabilities near 0",

@@ -217,7 +217,7 @@ class Frame:
     token: str = ""
     cameras: tuple = ()
 
-# %% ../../nbs/53_metrics.ipynb #0cac9e64
+# %% ../../nbs/53_metrics.ipynb #8536a6a3
 def _numpy(value):
     value = getattr(value, "tensor", value)
     return value.detach().float().cpu().numpy() if torch.is_tensor(value) else np.asarray(value)
@@ -246,7 +246,7 @@ def predict_data(model, data, classes, token=""):
         `Frame`.
     """
     caught = {}
-    heads = [m for m in model.modules() if hasattr(m, "aqr_bias")]
+    heads = [m for m in model.modules() if hasattr(m, "aqr_router")]
     hooks = [h.register_forward_hook(lambda m, i, out: caught.update(out.get("aqr") or {})) for h in heads]
     model.eval()
     try:
