@@ -176,7 +176,7 @@ def plot_camera_maps(means, frame, frames, columns=3):
     figure.suptitle(f"Mean weight of the queries that project there, {frames} frames")
     return figure
 
-# %% ../../nbs/54a_analysis_figures.ipynb #2b2fd1c9
+# %% ../../nbs/54a_analysis_figures.ipynb #d9336af8
 def window_rectangles(bounds, shape, origin, extent):
     """Windows of a map as rectangles in metres or pixels.
 
@@ -195,7 +195,7 @@ def window_rectangles(bounds, shape, origin, extent):
 
 
 def _draw_windows(axis, rectangles, values, limit):
-    patches = PatchCollection([Rectangle(r[:2], *r[2:]) for r in rectangles], cmap="coolwarm", alpha=0.75, linewidth=0.8, edgecolor="black")
+    patches = PatchCollection([Rectangle(r[:2], *r[2:]) for r in rectangles], cmap="coolwarm", alpha=0.45, linewidth=0.6, edgecolor="black")
     patches.set_array(np.asarray(values))
     patches.set_clim(-limit, limit)
     axis.add_collection(patches)
