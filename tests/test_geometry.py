@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cmtaqr.bias import AttentionBiasGenerator, LocalBias
-from cmtaqr.geometry import TokenLayout, Windows, project_points, query_windows
+from cmtaqr.geometry import TokenLayout, Windows, query_windows
+from cmtaqr.projection import project_points
 
 
 def random_windows(layout, batch, queries, sizes, seed=0, device="cpu"):
