@@ -248,10 +248,17 @@ def test_islands_hold_in_every_version(version):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(version=4), "choose 1 .*2 .*or 3"), (dict(version=0), "aqr=None is plain CMT"), (dict(version=1, renderer=None), "missing: renderer"),
-    (dict(version=2, modulator=None), "missing: modulator"), (dict(bias=None), "missing: bias"), (dict(scale=2), "unknown entries scale"),
-    (dict(version=1, modulator=dict(mode="spatial")), "channel-wise"), (dict(version=1, renderer=dict(mode="cubic")), "bilinear"),
-    (dict(auxiliary=dict(factor=1)), "weight, margin"), (dict(auxiliary=dict(margin=0)), "margin"),
+    (dict(version=4), "choose 1 .*2 .*or 3"),
+    (dict(version=0), "aqr=None is plain CMT"),
+    (dict(version=1, renderer=None), "missing: renderer"),
+    (dict(version=2, modulator=None), "missing: modulator"),
+    (dict(bias=None), "missing: bias"),
+    (dict(scale=2), "unknown entries scale"),
+    (dict(version=1, modulator=dict(mode="spatial")), "channel-wise"),
+    (dict(version=1, renderer=dict(mode="cubic")), "bilinear"),
+    (dict(auxiliary=True), "weight, margin"),
+    (dict(auxiliary=dict(factor=1)), "weight, margin"),
+    (dict(auxiliary=dict(margin=0)), "margin"),
 ])
 def test_bad_configs_name_the_choices(change, message):
     pytest.importorskip("mmdet3d")
@@ -283,3 +290,27 @@ def test_maps_on_a_gpu(cuda, mode):
     for reference, first, second in zip(*results):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_step_of_every_version_at_full_size_on_a_gpu(cuda, record_property, version):
+    """The r50 config with its own batch size in bf16: finite losses and gradients, and what forward and backward need."""
+    pytest.importorskip("mmdet3d")
+    from cmtaqr.detector.precision import autocast
+    from cmtaqr.engine.configure import load_config
+    from test_configs import AQR_R50, build, finite_step, inputs_for
+
+    cfg = load_config(AQR_R50)
+    cfg.model.pts_bbox_head.aqr.update(version=version, renderer=dict(window_size=[8, 5]), modulator=dict(mode="adaptive"))
+    model, count = build(cfg.model).to(cuda).train(), cfg.batch_size
+    torch.nn.init.normal_(model.pts_bbox_head.aqr_router.to_weights.weight, std=0.1)
+    inputs, samples = inputs_for(AQR_R50, points=(200000,) * count, boxes=(40,) * count, size=tuple(cfg.input_size))
+    inputs = {k: v.to(cuda) if k == "imgs" else [p.to(cuda) for p in v] for k, v in inputs.items()}
+    torch.cuda.reset_peak_memory_stats()
+    with autocast(cuda, "bf16"):
+        finite_step(model, inputs, samples)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"version {version}: batch {count}, peak memory of forward and backward {peak:.2f} GiB")
+    record_property("peak_memory_gib", round(peak, 2))
+    assert not [k for k, p in model.named_parameters() if p.grad is None]

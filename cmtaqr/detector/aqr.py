@@ -24,7 +24,7 @@ PARTS = dict(router="AQRWeightGenerator", bias="AttentionBiasGenerator", rendere
 AUXILIARY = dict(weight=1.0, margin=0.8)
 _OPTIONS = "version", "views", "initial_weight", "auxiliary"
 
-# %% ../../nbs/35e_aqr.ipynb #b9626ef3
+# %% ../../nbs/35e_aqr.ipynb #0683732b
 def check_aqr(aqr):
     """Version and auxiliary settings of an `aqr` config that can be built.
 
@@ -40,9 +40,9 @@ def check_aqr(aqr):
     version, known = aqr.get("version", 3), (*_OPTIONS, *PARTS)
     if unknown := [name for name in aqr if name not in known]:
         raise ValueError(f"aqr has unknown entries {', '.join(unknown)}: choose of {', '.join(known)}")
-    if version not in VERSIONS or isinstance(version, bool):
-        raise ValueError(f"aqr version={version!r}: choose 1 (features multiplied), 2 (features modulated with a residual weight) "
-                         "or 3 (attention bias); aqr=None is plain CMT")
+    if version not in [*VERSIONS] or isinstance(version, bool):
+        raise ValueError(f"aqr version={version!r}: choose 1 (features multiplied), 2 (features modulated with a residual "
+                         "weight) or 3 (attention bias); aqr=None is plain CMT")
     if missing := [part for part in VERSIONS[version] if aqr.get(part) is None]:
         raise ValueError(f"aqr version {version} needs {', '.join(VERSIONS[version])}; missing: "
                          + ", ".join(f"{part}=dict(type={PARTS[part]!r}, ...)" for part in missing))
@@ -51,6 +51,8 @@ def check_aqr(aqr):
     auxiliary = aqr.get("auxiliary")
     if auxiliary is None:
         return version, None
+    if not isinstance(auxiliary, dict):
+        raise ValueError(f"aqr auxiliary={auxiliary!r}: None, or a dict with any of {', '.join(AUXILIARY)}")
     if unknown := [name for name in auxiliary if name not in AUXILIARY]:
         raise ValueError(f"aqr auxiliary has unknown entries {', '.join(unknown)}: choose of {', '.join(AUXILIARY)}")
     auxiliary = {**AUXILIARY, **auxiliary}
@@ -58,14 +60,14 @@ def check_aqr(aqr):
         raise ValueError(f"aqr auxiliary={auxiliary}: weight must be positive and margin in (0, 2]")
     return version, auxiliary
 
-# %% ../../nbs/35e_aqr.ipynb #44b3fc7d
+# %% ../../nbs/35e_aqr.ipynb #8d9b5b93
 class AqrMixin:
     """Windows, weights and what they act on, for a head that has `metres`, `point_cloud_range` and `cell_size`.
 
-    The config `aqr` holds version (1, 2 or 3), views ('all' or 'first' for the windows), initial_weight (in (-1, 1): what all queries
-    answer at first; 0 starts as CMT), auxiliary (None, or weight and margin of `dropped_sensor_loss`), and the configs of the parts
-    in `PARTS`, of which those that `VERSIONS` names for the version are built. A residual_weight that is not given is 1 in version
-    1 and 0.1 in version 2.
+    The config `aqr` holds version (1, 2 or 3), views ('all' or 'first' for the windows), initial_weight (in (-1, 1): what all
+    queries answer at first; 0 starts as CMT), auxiliary (None, or dict(weight=1.0, margin=0.8) of `dropped_sensor_loss`), and the
+    configs of the parts in `PARTS`, of which those that `VERSIONS` names for the version are built. A residual_weight that is not
+    given is 1 in version 1 and 0.1 in version 2.
     """
 
     with_aqr, aqr_version = False, 0
