@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FIGURES', 'AnalyzeParameters', 'Analysis', 'draw', 'load_detector', 'analyze', 'main']
 
-# %% ../../nbs/54c_analyze.ipynb #5f7868de
+# %% ../../nbs/54c_analyze.ipynb #3ca2c1de
 import argparse
 import hashlib
-import os
+import io
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
+from ..data.files import write_whole
 from ..detector.checkpoint import is_aqr, read_checkpoint
 from . import analysis_figures, figures
 from .analysis_figures import View
@@ -120,7 +121,7 @@ def draw(analysis):
             yield figures.save(figure, analysis.folder, name)
             plt.close(figure)
 
-# %% ../../nbs/54c_analyze.ipynb #f35cb127
+# %% ../../nbs/54c_analyze.ipynb #5bca70fb
 def load_detector(params):
     """The detector of a checkpoint with AQR.
 
@@ -148,10 +149,8 @@ def _kept(path, detector, token, root):
     if not path.is_file():
         arrays = frame_arrays(detector, token, root)[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
+        np.savez(data := io.BytesIO(), **arrays)
+        write_whole(path, data.getvalue())
     with np.load(path) as stored:
         return dict(stored)
 
@@ -168,7 +167,7 @@ def _beside(read, checkpoint):
     except FileNotFoundError:
         return None
 
-# %% ../../nbs/54c_analyze.ipynb #ae7eace1
+# %% ../../nbs/54c_analyze.ipynb #945b9820
 def analyze(params, folder=None):
     """Run the model over the frames and sum up.
 
@@ -200,7 +199,7 @@ def analyze(params, folder=None):
     queries, view = query_table(frames, detector.classes), _view(detector.model.pts_bbox_head, drawn, frame, layout)
     history, instruments = (_beside(read, detector.checkpoint) for read in (read_history, read_instruments))
     numbers = dict(
-        checkpoint=detector.checkpoint.name, config=detector.source, split=params.split, frames=len(tokens), tokens=tokens,
+        checkpoint=detector.checkpoint.name, config=detector.source, version=detector.model.pts_bbox_head.aqr_version, split=params.split, frames=len(tokens), tokens=tokens,
         matching=f"nearest object within {MATCH_DISTANCE:g} m of the predicted centre, in the ground plane", weights=describe_groups(queries),
         **_aqr_numbers(detector.model.pts_bbox_head, frames, layout), maps=weight_maps(frames, layout, view.origin, view.cell),
         windows=_window_numbers(view, params.windows), scale_curve=history and _curve(history),
@@ -208,7 +207,7 @@ def analyze(params, folder=None):
     write_json(folder / "analysis.json", numbers)
     return Analysis(numbers, queries, view, history, instruments, folder, params.windows)
 
-# %% ../../nbs/54c_analyze.ipynb #158bb47f
+# %% ../../nbs/54c_analyze.ipynb #5062d75a
 def _view(head, arrays, frame, layout):
     bias = arrays["bias"]
     values, unit, limit = (bias.mean(0), "bias (logits)", head.aqr_bias.limit) if len(bias) else (arrays["weights"], "weight", 1.0)
@@ -217,7 +216,7 @@ def _view(head, arrays, frame, layout):
 
 
 def _aqr_numbers(head, frames, layout):
-    """Version, scale, bias and attention."""
+    """Scale, bias and attention."""
     attention, generator = attention_numbers(frames), getattr(head, "aqr_bias", None)
     if not len(frames[0]["bias"]):
         return dict(scale=None, bias=None, attention={name: attention[name] for name in ("entropy", "lidar_share")})
