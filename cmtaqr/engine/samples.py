@@ -169,14 +169,15 @@ def collate_with_faults(batch, inner=None):
     data = (FUNCTIONS.get(settings.pop("type")) if settings else pseudo_collate)(batch, **settings)
     return dict(data, quarantined=faults) if faults else data
 
-# %% ../../nbs/51c_samples.ipynb #892eef27
+# %% ../../nbs/51c_samples.ipynb #94b1fed2
 def begin_at(dataloader, batches):
-    """Let the next iterator of a loader leave out its first batches, without loading them.
+    """Let the next iterator of a loader leave out its first batches, without loading them or drawing random numbers.
 
     Raises:
         ValueError: If its sampler cannot do that.
     """
     sampler = dataloader.sampler
+    dataloader.generator = torch.Generator()  # an iterator takes a number; not from those of the training
     if hasattr(sampler, "start"):
         sampler.start = batches * dataloader.batch_size
     elif batches:
