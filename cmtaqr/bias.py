@@ -15,7 +15,13 @@ from torch import Tensor
 from .geometry import Windows, _window_pair
 from .scale import PRESETS, BoundedScale, inward_clamp
 
-# %% ../nbs/02a_bias.ipynb #85b958e5
+# %% ../nbs/02a_bias.ipynb #9126aba8
+def _check_shape(name, values, windows):
+    want = [*windows.seen.shape[:2], 2]
+    if list(values.shape) != want:
+        raise ValueError(f'{name} must be [B, Q, 2] = {want} (LiDAR, camera) for these windows, got {list(values.shape)}')
+
+
 @dataclass(frozen=True)
 class LocalBias:
     """Additive attention bias, the same for all heads, held as two values per query and a window per map.
@@ -37,10 +43,7 @@ class LocalBias:
     plan: tuple | None = None
 
     def __post_init__(self):
-        batch, queries = self.windows.seen.shape[:2]
-        if self.value.shape != (batch, queries, 2):
-            raise ValueError(f'bias values must be [B, Q, 2] = {[batch, queries, 2]} (LiDAR, camera) for these windows, '
-                             f'got {list(self.value.shape)}')
+        _check_shape('bias values', self.value, self.windows)
 
     def dense(self, queries: slice = slice(None)) -> Tensor:
         """The bias of some queries as a matrix [B, q, K]: for teaching, tests, and attention in chunks of queries."""
@@ -64,7 +67,7 @@ class LocalBias:
             parts.append((bias * (profiles[0][..., :, None] * profiles[1][..., None, :])).flatten(2))
         return torch.cat(parts, -1)
 
-# %% ../nbs/02a_bias.ipynb #070581d6
+# %% ../nbs/02a_bias.ipynb #5c3993ad
 _all_ = ['PRESETS']  # the generator's presets, from `cmtaqr.scale`
 BIAS_LIMIT = 5.0
 
@@ -124,11 +127,11 @@ class AttentionBiasGenerator(BoundedScale):
         Raises:
             ValueError: the weights do not match the windows; with `check`, a weight is NaN or outside [-1, 1].
         """
-        windows, scale, clamp = windows.resized(self.window_sizes), self.scale(), inward_clamp
+        _check_shape('weights', weights, windows)
+        windows, scale = windows.resized(self.window_sizes), self.scale()
         if self.check:
             _check_weights(weights, scale)
-        if self.scale_mode == 'clamp':
-            clamp = torch.clamp
+        clamp = torch.clamp if self.scale_mode == 'clamp' else inward_clamp
         value = clamp(weights.to(self.bias_scale.dtype) * scale.view(-1, 1, 1, 1), -self.limit, self.limit)
         biases = [LocalBias(windows, v, self.sigma, self.is_global) for v in value.unbind()]
         return biases if self.scale_per == 'layer' else biases[0]
