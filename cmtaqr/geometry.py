@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .projection import _check_bev, _check_camera, _check_points, bev_cells, camera_cells
 
-# %% ../nbs/01b_geometry.ipynb #1875b3a5
+# %% ../nbs/01b_geometry.ipynb #ed944fde
 @dataclass(frozen=True)
 class TokenLayout:
     """Sizes of the feature maps whose cells are the keys, in key order: BEV first, then the cameras.
@@ -68,7 +68,7 @@ class TokenLayout:
     @property
     def num_maps(self) -> int:
         """Number of maps."""
-        return len(self.maps)
+        return (self.lidar is not None) + self.num_views
 
     @property
     def num_keys(self) -> int:
