@@ -75,7 +75,7 @@ class TokenLayout:
         """Number of keys of all maps together."""
         return sum(rows * cols for rows, cols in self.maps)
 
-# %% ../nbs/01b_geometry.ipynb #22ebfeb8
+# %% ../nbs/01b_geometry.ipynb #fdab80ef
 def _window_pair(window_sizes):
     """[camera, lidar] from one integer or two."""
     sizes = list(window_sizes) if isinstance(window_sizes, (list, tuple)) else [window_sizes] * 2
@@ -118,7 +118,8 @@ class Windows:
 
     def resized(self, window_sizes) -> 'Windows':
         """The same centres with other window sizes ([camera, lidar] or one integer, cells)."""
-        return replace(self, sizes=_map_sizes(self.layout, window_sizes))
+        sizes = _map_sizes(self.layout, window_sizes)
+        return self if sizes == self.sizes else replace(self, sizes=sizes)
 
     def select(self, queries: slice) -> 'Windows':
         """The windows of some queries."""
