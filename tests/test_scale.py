@@ -287,6 +287,7 @@ def test_layers_share_one_plan_on_a_gpu(cuda, monkeypatch):
     pytest.importorskip("mmdet3d")
     import cmtaqr.detector  # noqa: F401
     from cmtaqr.attention import fused
+    from cmtaqr.detector.inference import GraphedCall
     from mmdet3d.registry import MODELS
     calls, plan = [], fused.plan_bias
     monkeypatch.setattr(fused, "plan_bias", lambda bias: calls.append(bias) or plan(bias))
@@ -299,5 +300,9 @@ def test_layers_share_one_plan_on_a_gpu(cuda, monkeypatch):
     with torch.no_grad():
         want = decoder(*inputs, None, made(weights, windows()), LAYOUT)
         out = decoder.to(cuda)(*(t.to(cuda) for t in inputs), None, made.to(cuda)(weights.to(cuda), windows(device=cuda)), LAYOUT)
-    assert len(calls) == 1
+        assert len(calls) == 1
+        graphed, runs = GraphedCall(decoder, warmup=3), 5  # three to warm up, one to look for waiting, one recorded
+        again = graphed(*(t.to(cuda) for t in inputs), None, made(weights.to(cuda), windows(device=cuda)), LAYOUT)
+    assert len(calls) == 1 + runs and not graphed.refused
     torch.testing.assert_close(out.cpu(), want, rtol=0, atol=5e-3)
+    torch.testing.assert_close(again, out)

@@ -103,7 +103,7 @@ def _modules(model, parts):
     names = dict(model.named_modules())
     return [names[name] for part in parts for name in PARTS[part] if name in names]
 
-# %% ../../nbs/39_inference.ipynb #04ed0ed0
+# %% ../../nbs/39_inference.ipynb #3562e48f
 def _leaves(value):
     """What a nested value of lists, tuples, dictionaries and dataclasses holds."""
     if isinstance(value, dict):
@@ -131,6 +131,12 @@ def _rebuilt(value, tensors):
     return value
 
 
+def _twins(tensors):
+    """Per tensor the index of the first that is the same object."""
+    first = {}
+    return tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
+
+
 class GraphedCall:
     """A function whose GPU work is recorded at the first call of each kind and replayed afterwards.
 
@@ -151,20 +157,21 @@ class GraphedCall:
         if torch.is_grad_enabled() or not tensors or not all(t.is_cuda for t in tensors):
             return self.function(*args, **kwargs)
         mixed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (mixed, *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves))
+        twins = _twins(tensors)  # what is one tensor for the function stays one: biases of layers that share their windows
+        key = (mixed, twins, *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves))
         if key not in self.kept:
-            self.kept[key] = self._record(mixed, args, kwargs, tensors)
+            self.kept[key] = self._record(mixed, args, kwargs, tensors, twins)
         if self.kept[key] is None:
             return self.function(*args, **kwargs)
         graph, places, result = self.kept[key]
-        for place, tensor in zip(places, tensors):
-            place.copy_(tensor)
+        for i, place in places.items():
+            place.copy_(tensors[i])
         graph.replay()
         return result
 
-    def _record(self, mixed, args, kwargs, tensors):
-        places = [t.detach().clone() for t in tensors]
-        args, kwargs = _rebuilt((args, kwargs), iter(places))
+    def _record(self, mixed, args, kwargs, tensors, twins):
+        places = {i: tensors[i].detach().clone() for i in set(twins)}
+        args, kwargs = _rebuilt((args, kwargs), (places[i] for i in twins))
         current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(current)
         with torch.autocast("cuda", mixed, enabled=mixed is not None, cache_enabled=False):
