@@ -90,7 +90,7 @@ ACTIVATIONS = {
 }
 MODES = 'element-wise', 'channel-wise', 'adaptive'
 
-# %% ../nbs/21_modulation.ipynb #f99ad652
+# %% ../nbs/21_modulation.ipynb #e9d9729b
 class FeatureModulator(nn.Module):
     """Tokens times a weight map, with a residual connection.
 
@@ -113,12 +113,20 @@ class FeatureModulator(nn.Module):
             raise ValueError(f'FeatureModulator residual_weight={residual_weight}: expected a positive number, such as 1 '
                              '(version 1) or 0.1 (version 2)')
         self.embed_dims, self.mode, self.activation, self.residual_weight = embed_dims, mode, activation, float(residual_weight)
+        self.register_buffer('trained_with', torch.tensor(self.residual_weight))
         if mode == 'channel-wise':
             self.gain = nn.Parameter(torch.ones(2, embed_dims))
         if mode == 'adaptive':
             self.gate = nn.Linear(embed_dims, embed_dims)
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        saved = float(state_dict.get(f'{prefix}trained_with', self.residual_weight))
+        if abs(saved - self.residual_weight) > 1e-2 * self.residual_weight:
+            errors.append(f'the file was trained with residual_weight {saved:g} and this model has {self.residual_weight:g}: '
+                          'versions 1 and 2 have the same weights and mean different things by them; choose its version')
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _gained(self, change, memory, layout):
         if self.mode == 'channel-wise':

@@ -176,7 +176,8 @@ def test_every_version_trains(version):
     model = tiny(version).train()
     head = model.pts_bbox_head
     keys = {k for k in head.state_dict() if k.startswith("aqr_") and not k.startswith("aqr_router.")}
-    assert keys == ({"aqr_bias.bias_scale"} if version == 3 else {"aqr_modulator.gate.weight", "aqr_modulator.gate.bias"})
+    learnt = {f"aqr_modulator.{name}" for name in ("gate.weight", "gate.bias", "trained_with")}
+    assert keys == ({"aqr_bias.bias_scale"} if version == 3 else learnt)
     assert hasattr(head, "aqr_renderer") == (version != 3)
     if version != 3:
         assert head.aqr_modulator.residual_weight == {1: 1.0, 2: 0.1}[version]
@@ -206,6 +207,19 @@ def test_every_version_starts_as_cmt(version):
         torch.nn.init.constant_(aqr.pts_bbox_head.aqr_router.to_weights.bias, 1.0)
         moved = aqr._forward(*batch())["tasks"][0]
     assert all(not torch.equal(a[k], moved[k]) for k in a)
+
+
+@pytest.mark.parametrize("written, read", [(1, 1), (1, 2), (2, 1), (1, 3), (3, 2)])
+def test_a_checkpoint_opens_in_its_own_version_alone(written, read, tmp_path):
+    model = tiny(read)
+    from cmtaqr.detector.checkpoint import load_checkpoint
+
+    torch.save(dict(state_dict=tiny(written).state_dict()), tmp_path / "file.pth")
+    if written == read:
+        assert load_checkpoint(model, tmp_path / "file.pth") == []
+        return
+    with pytest.raises((ValueError, RuntimeError), match="residual_weight 1 and|residual_weight 0.1 and|aqr_bias.bias_scale"):
+        load_checkpoint(model, tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("version", [1, 2])
