@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['find_scales', 'ScaleHook', 'group_labels', 'custom_keys', 'read_history', 'HistoryHook', 'ProgressHook']
 
-# %% ../../nbs/51_hooks.ipynb #f8d313aa
+# %% ../../nbs/51_hooks.ipynb #c7ec6ecd
 import json
+import logging
 import math
-import os
 import time
 from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from .progress import Progress
+from .safe_files import NotWritten, write_whole
 
 # %% ../../nbs/51_hooks.ipynb #d9b8c9e3
 def find_scales(model):
@@ -31,7 +33,7 @@ def find_scales(model):
     needed = ("bias_scale", "min_scale", "max_scale", "scale")
     return {n: m for n, m in model.named_modules() if all(hasattr(m, a) for a in needed)}
 
-# %% ../../nbs/51_hooks.ipynb #32b3e039
+# %% ../../nbs/51_hooks.ipynb #85d40067
 @HOOKS.register_module(force=True)
 class ScaleHook(Hook):
     """Log `bias_scale` and its gradient, and warn when it comes close to a bound.
@@ -98,6 +100,14 @@ class ScaleHook(Hook):
         limit, bound = (high, f"max_scale {module.max_scale}") if state == "above" else (low, f"min_scale {module.min_scale}")
         runner.logger.warning(f"{where} is {state} {limit:.3f}, close to {bound}: widen the bounds or lower its learning rate")
 
+    def state_dict(self):
+        """Scales that were reported as close to a bound."""
+        return dict(state=dict(self._state))
+
+    def load_state_dict(self, state):
+        """Do not report them again in a resumed run."""
+        self._state = dict(state["state"])
+
     def after_train(self, runner):
         """Detach from the model."""
         for handle in self._handles:
@@ -160,7 +170,7 @@ def read_history(folder, filename="history.json"):
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/51_hooks.ipynb #bc990f60
+# %% ../../nbs/51_hooks.ipynb #23d50a49
 def _batch_size(batch):
     while isinstance(batch, dict):
         batch = next(iter(batch.values()))
@@ -169,15 +179,16 @@ def _batch_size(batch):
 
 @HOOKS.register_module(force=True)
 class HistoryHook(Hook):
-    """Record the course of a training run in a JSON file of the work folder, and stop it when its loss is not finite.
+    """Record the course of a training run in a JSON file of the work folder, and stop it when its weights are spoiled.
 
     Args:
         interval: Record every this many iterations.
         filename: Name of the file in the work folder; `read_history` reads it.
-        seconds: Write the file at most this often while training.
+        seconds: Write the file at most this often while training, and more rarely where a long history takes long to write.
 
     Raises:
-        FloatingPointError: A recorded loss is NaN or infinite; the history up to there is written.
+        FloatingPointError: A recorded loss is NaN or infinite and its step was taken (an optimiser wrapper with a guard skips it, see
+            `cmtaqr.engine.faults`); the history up to there is written.
     """
 
     priority = "BELOW_NORMAL"
@@ -188,7 +199,7 @@ class HistoryHook(Hook):
 
     def before_train(self, runner):
         """Start a history, or take up that of the run which is resumed."""
-        self._path, self._written = Path(runner.work_dir, self.filename), time.perf_counter()
+        self._path, self._written, self._took = Path(runner.work_dir, self.filename), time.perf_counter(), 0.0
         self.records, self.began_at = [], runner.iter
         if runner.iter > 0 and self._path.is_file():
             self.records = [r for r in read_history(runner.work_dir, self.filename)["records"] if r["iter"] <= runner.iter]
@@ -211,18 +222,22 @@ class HistoryHook(Hook):
         self.records.append(record)
         if record.get("loss", 0.0) is None:
             self._write()
+        if record.get("loss", 0.0) is None and not hasattr(runner.optim_wrapper, "fault"):
             terms = ", ".join(n for n, v in record.items() if v is None)
             raise FloatingPointError(f"iteration {record['iter']}: {terms} not finite. Lower lr, or use precision fp32 or bf16; "
                                      f"the course up to here is in {self._path}")
-        if time.perf_counter() - self._written > self.seconds:
+        if time.perf_counter() - self._written > max(self.seconds, 50 * self._took):
             self._write()
 
     def _write(self):
+        begun = time.perf_counter()
         if is_main_process():
-            part = self._path.with_suffix(".part")
-            part.write_text(json.dumps(dict(bounds=self._bounds, records=self.records)))
-            os.replace(part, self._path)
+            try:
+                write_whole(self._path, [json.dumps(dict(bounds=self._bounds, records=self.records)).encode()])
+            except NotWritten as error:  # the next attempt writes all of it
+                print_log(f"history not written for now: {error}", "current", logging.WARNING)
         self._written = time.perf_counter()
+        self._took = self._written - begun
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Keep the file in step with the checkpoint."""
