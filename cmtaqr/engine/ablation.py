@@ -126,7 +126,7 @@ def readable(result):
         rows[point["name"]] = dict(runs=runs, **{figure: cell(point[figure], n) for figure, n in digits.items()})
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/56e_ablation.ipynb #caee8a00
+# %% ../../nbs/56e_ablation.ipynb #344cf715
 def _shown(point, axis, product):
     """Whether a point belongs into the panel of an axis."""
     return axis in point["parameters"] if product else set(point["changed"]) <= {axis}
@@ -149,7 +149,7 @@ def _panel(panel, result, axis, metric, base):
                 panel.scatter(place, 0.05, marker="x", color="tab:red", s=60, transform=panel.get_xaxis_transform())
             continue
         stat = spread(found)
-        panel.scatter(place + np.linspace(-0.12, 0.12, len(found)), found, s=14, color="0.6", zorder=2)
+        panel.scatter(place + (np.linspace(-0.12, 0.12, len(found)) if len(found) > 1 else 0.12), found, s=14, color="0.6", zorder=2)
         panel.errorbar(place, stat["mean"], yerr=stat["std"], fmt="o", color="tab:blue", capsize=4, zorder=3)
     if base is not None:
         panel.axhline(base, color="black", linewidth=0.8, linestyle="--", zorder=1)

@@ -145,11 +145,11 @@ def from_notebook(cls, namespace):
     """
     return cls.check(notebook_parameters(namespace))
 
-# %% ../../nbs/50_options.ipynb #41d477c3
+# %% ../../nbs/50_options.ipynb #72a11370
 def declaration(cls):
     """Source of the cell tagged `parameters` that declares the parameters of `cls` with their defaults and help."""
     lines = [f"{f.name} = {f.default!r}  # {f.metadata['help']}" for f in fields(cls)]
-    return "\n".join(["# Parameters: None takes the config's own value"] + lines)
+    return "\n".join(["# Parameters with their defaults"] + lines)
 
 
 def check_run_notebook(path, cls, values=None):

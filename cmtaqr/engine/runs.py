@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slots', 'now', 'Run', 'folder_lock', 'execute']
 
-# %% ../../nbs/56f_runs.ipynb #d4e85bca
+# %% ../../nbs/56f_runs.ipynb #9857250b
 import contextlib
 import ctypes
 import fcntl
@@ -21,11 +21,11 @@ from pathlib import Path
 from time import sleep
 
 import torch
-from mmengine.runner import find_latest_checkpoint
 
 from .parameters import EvalParameters, ParameterError, TrainParameters
 from .progress import Progress
 from .record import write_json
+from .safe_files import checkpoints
 
 # %% ../../nbs/56f_runs.ipynb #fb6d4525
 def slots(device="auto", workers=None):
@@ -55,7 +55,7 @@ def _environment(slot, workers):
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": slot[1] or ""}
 
-# %% ../../nbs/56f_runs.ipynb #45ad8b4e
+# %% ../../nbs/56f_runs.ipynb #ed5693aa
 def now():
     """Time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -103,9 +103,8 @@ class Run:
         folder = self.folder / stage
         values = dict(self.point.parameters, **self.shared, seed=self.seed, work_dir=str(folder))
         if stage == "train":
-            trained = folder.is_dir() and find_latest_checkpoint(str(folder))
             TrainParameters.check(values)
-            return {**values, "resume": True, "checkpoint": None} if trained else values
+            return {**values, "resume": True, "checkpoint": None} if checkpoints(folder) else values
         values["checkpoint"] = str(self.folder / "train")
         EvalParameters.check(values)
         return values
@@ -175,7 +174,7 @@ class Run:
             share += self._SHARE[self.status["stage"]] * int(found[-1][0]) / max(1, int(found[-1][1]))
         return share
 
-# %% ../../nbs/56f_runs.ipynb #1962488b
+# %% ../../nbs/56f_runs.ipynb #f7f7e4e0
 @contextlib.contextmanager
 def folder_lock(folder):
     """Hold a folder; yields the lock's file number, which keeps it held in the processes that inherit it.
@@ -201,10 +200,13 @@ def folder_lock(folder):
 
 
 class _Bar(Progress):
-    """Progress in runs, of which a part can be done."""
+    """Progress in runs; a step is a hundredth of one."""
 
     def text(self, details=""):
-        return super().text(details).replace(f" {self._step}/{self.total}", f" {self._step / 100:.1f} of {self.total / 100:.0f} runs", 1)
+        """The line: runs, share, details, time left."""
+        left = super().text().rpartition(", ")[2]
+        runs = f"{self.title} {self._step / 100:.1f} of {self.total // 100} runs ({100 * self._step // self.total} %)"
+        return f"{runs}, {details}, {left}"
 
 
 def execute(runs, places, lock=None, interval=0.5):
