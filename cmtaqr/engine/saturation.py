@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASES', 'SCALES', 'window_state', 'GradientWatch', 'SaturationHook', 'saturation_run', 'scale_curve', 'main']
 
-# %% ../../nbs/53c_saturation.ipynb #0d0ab83d
+# %% ../../nbs/53c_saturation.ipynb #7ac9685c
 import argparse
 import json
 import logging
@@ -20,7 +20,7 @@ from mmengine.runner import Runner, set_random_seed
 
 from .configure import run_config
 from .hooks import read_history
-from .logits import AttentionProbe, logit_models
+from .logits import AttentionProbe, logit_models, rounded
 from .parameters import ParameterError, TrainParameters, package_root
 from .progress import Progress
 from .record import run_record, write_json
@@ -44,15 +44,20 @@ def window_state(layers):
             empty=float(((slope < 0.1) & (mass < 0.5)).float().mean()))
     return state
 
-# %% ../../nbs/53c_saturation.ipynb #92b0068b
+# %% ../../nbs/53c_saturation.ipynb #0d57bebb
 class GradientWatch:
     """Gradients at the router's weights and at the bias of a head: `with GradientWatch(head) as watch: loss.backward(); watch.read()`.
 
     Args:
         head: `CmtHead` with AQR, one scale for all layers.
+
+    Raises:
+        ValueError: The head has no bias, or one per layer.
     """
 
     def __init__(self, head):
+        if getattr(getattr(head, "aqr_bias", None), "scale_per", "layer") != "model":
+            raise ValueError("saturation needs a model with AQR version 3 and one scale: aqr=dict(version=3, bias=dict(scale_per='model', ...))")
         self.head, self.seen = head, {}
 
     def __enter__(self):
@@ -188,7 +193,7 @@ def scale_curve(params, scales=SCALES, queries=100):
                          **watch.read()))
     return rows
 
-# %% ../../nbs/53c_saturation.ipynb #ac9e6b02
+# %% ../../nbs/53c_saturation.ipynb #72390b06
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.saturation --json FILE`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.saturation", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -213,7 +218,7 @@ def main(arguments=None):
             runs[name] = saturation_run(scale, bounded, dict(common, max_iters=options.iterations), folder)
             progress.update(done + 1, name)
         progress.close()
-        print(write_json(options.json, dict(runs=runs, curve=curve)))
+        print(write_json(options.json, rounded(dict(runs=runs, curve=curve))))
     except (OSError, ValueError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 1
