@@ -67,7 +67,7 @@ class LocalBias:
             parts.append((bias * (profiles[0][..., :, None] * profiles[1][..., None, :])).flatten(2))
         return torch.cat(parts, -1)
 
-# %% ../nbs/02a_bias.ipynb #5c3993ad
+# %% ../nbs/02a_bias.ipynb #c5feb038
 _all_ = ['PRESETS']  # the generator's presets, from `cmtaqr.scale`
 BIAS_LIMIT = 5.0
 
@@ -132,6 +132,9 @@ class AttentionBiasGenerator(BoundedScale):
         if self.check:
             _check_weights(weights, scale)
         clamp = torch.clamp if self.scale_mode == 'clamp' else inward_clamp
-        value = clamp(weights.to(self.bias_scale.dtype) * scale.view(-1, 1, 1, 1), -self.limit, self.limit)
-        biases = [LocalBias(windows, v, self.sigma, self.is_global) for v in value.unbind()]
-        return biases if self.scale_per == 'layer' else biases[0]
+        per_layer = self.scale_per == 'layer'
+        value = weights.to(self.bias_scale.dtype) * (scale.view(-1, 1, 1, 1) if per_layer else scale)
+        value = clamp(value, -self.limit, self.limit)
+        if per_layer:
+            return [LocalBias(windows, own, self.sigma, self.is_global) for own in value.unbind()]
+        return LocalBias(windows, value, self.sigma, self.is_global)

@@ -242,7 +242,7 @@ def test_detector_with_a_scale_per_layer():
     from test_detector import batch, build, model_config
     cfg, results = model_config(), {}
     for per in ("model", "layer"):
-        cfg.pts_bbox_head.aqr.bias.update(scale_per=per, num_layers=2)
+        cfg.pts_bbox_head.aqr.bias.scale_per = per  # the head knows its number of layers
         model = build(cfg).train()
         torch.manual_seed(0)
         nn.init.normal_(model.pts_bbox_head.aqr_router.to_weights.weight, std=0.1)
