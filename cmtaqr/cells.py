@@ -70,7 +70,7 @@ def _cells_kernel(points, matrices, cells, seen, queries, point_b, point_q, poin
     tl.store(cells + 2 * place + 1, col, ok)
     tl.store(seen + place, visible, ok)
 
-# %% ../nbs/01a_cells.ipynb #b0261862
+# %% ../nbs/01a_cells.ipynb #a20cc9d7
 def _outputs(points, maps):
     """Cells and visibility, not yet filled."""
     shape = *points.shape[:2], (maps[0] > 0) + maps[2]
@@ -102,8 +102,8 @@ def query_cells(points: Tensor, lidar2img: Tensor | None, maps: list[int], numbe
     with torch.cuda.device_of(points):
         _cells_kernel[(triton.cdiv(queries, 16), batch)](
             points, lidar2img if maps[2] else points, cells, seen, queries, *points.stride(),
-            *(lidar2img.stride() if maps[2] else [0] * 4), *maps[:2], *numbers[:4], *maps[2:], *numbers[4:], first, metres, pixels,
-            BLOCK=16, MAPS=triton.next_power_of_2(seen.shape[2]), enable_fp_fusion=False)
+            *(lidar2img.stride() if maps[2] else [0] * 4), *maps[:2], *numbers[:4], *maps[2:], *numbers[4:],
+            first, metres, pixels, BLOCK=16, MAPS=triton.next_power_of_2(seen.shape[2]), enable_fp_fusion=False)
     return cells, seen
 
 

@@ -18,7 +18,7 @@ from .attention.window_benchmark import LAYOUTS, _graphed, _median_ms, ring_scen
 from .bias import AttentionBiasGenerator
 from .geometry import query_windows
 
-# %% ../nbs/19_windows_benchmark.ipynb #8c903a5b
+# %% ../nbs/19_windows_benchmark.ipynb #d52a5cb1
 def _launched_ms(run, repeats):
     """Median time between events around one call on an idle GPU."""
     times = []
@@ -60,8 +60,8 @@ def benchmark_windows(layouts=LAYOUTS, batches=(1, 2, 3, 4), queries=900, repeat
         device: 'cuda', or 'cpu', where plain torch runs in every way and only `timing` is measured.
 
     Returns:
-        A dict: device, software, sizes, and one record per layout, batch and way, with the result of `timing` (milliseconds and MiB)
-        and, on a GPU, `launched_ms` and `graph_ms` (but for `fused_training`).
+        A dict: device, software, sizes, and one record per layout, batch and way, with the result of `timing` (milliseconds,
+        MiB) and, on a GPU, `launched_ms` and `graph_ms` (but for `fused_training`).
 
     Raises:
         RuntimeError: there is no GPU.
@@ -72,22 +72,24 @@ def benchmark_windows(layouts=LAYOUTS, batches=(1, 2, 3, 4), queries=900, repeat
     for name, (layout, sizes) in layouts.items():
         for batch in batches:
             for way, run in _ways(layout, sizes, batch, queries, device).items():
-                record = dict(layout=name, batch=batch, keys=layout.num_keys, window_sizes=list(sizes), way=way, **timing(run, device, repeats))
+                record = dict(layout=name, batch=batch, keys=layout.num_keys, window_sizes=list(sizes), way=way,
+                              **timing(run, device, repeats))
                 if device == 'cuda':
                     record['launched_ms'] = _launched_ms(run, repeats)
                     if way != 'fused_training':
                         record['graph_ms'] = _median_ms(_graphed(run), repeats)
                 records.append(record)
-                figures = ', '.join(f'{key} {record[key]:.4f}' for key in ('launched_ms', 'graph_ms', 'peak_mib') if key in record)
+                shown = [key for key in ('launched_ms', 'graph_ms', 'peak_mib') if key in record]
+                figures = ', '.join(f'{key} {record[key]:.4f}' for key in shown)
                 print(f'{name}, batch {batch}, {way}: {figures or record["median"]}', file=sys.stderr)
     gpu = torch.cuda.get_device_name() if device == 'cuda' else None
     return dict(gpu=gpu, torch=torch.__version__, queries=queries, repeats=repeats, records=records)
 
-# %% ../nbs/19_windows_benchmark.ipynb #20caec6a
+# %% ../nbs/19_windows_benchmark.ipynb #54167eb1
 def main(arguments=None):
     """Command line `python -m cmtaqr.windows_benchmark`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.windows_benchmark',
-                                     description='Time windows and attention bias on this GPU, next to plain torch and a dense bias.')
+    description = 'Time windows and attention bias on this GPU, next to plain torch and a dense bias.'
+    parser = argparse.ArgumentParser(prog='python -m cmtaqr.windows_benchmark', description=description)
     parser.add_argument('--json', metavar='FILE', help='write all figures to FILE')
     parser.add_argument('--queries', type=int, default=900, help='queries per sample (default 900)')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 2, 3, 4], help='batch sizes (default 1 2 3 4)')
