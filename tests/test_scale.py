@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cmtaqr.attention import biased_attention
-from cmtaqr.bias import PRESETS, AttentionBiasGenerator, LocalBias
+from cmtaqr.bias import PRESETS, AttentionBiasGenerator
 from cmtaqr.geometry import TokenLayout, Windows
 from cmtaqr.scale import BoundedScale, inward_clamp, smooth_bound, smooth_start
 
@@ -44,18 +44,19 @@ class Detector(nn.Module):
         self.masses = masses
 
     def forward(self):
-        count = len(self.masses)
-        biases = self.pts_bbox_head.aqr_bias(torch.tensor([WEIGHT, 0.0]).expand(1, count, 2), windows(1, count))
-        q, k = torch.zeros(1, 1, count, 16), torch.zeros(1, 1, LAYOUT.num_keys, 16)
-        inside = LocalBias(windows(1, count), torch.ones(1, count, 2)).dense()[0, :1, :, None].expand(1, -1, 16)[None]
-        wanted, losses = torch.tensor(self.masses), []
+        count, device = len(self.masses), self.pts_bbox_head.aqr_bias.bias_scale.device
+        where, weights = windows(1, count, device), torch.tensor([WEIGHT, 0.0], device=device).expand(1, count, 2)
+        biases = self.pts_bbox_head.aqr_bias(weights, where)
+        q, k = (torch.zeros(1, 1, n, 16, device=device) for n in (count, LAYOUT.num_keys))
+        inside = where.mask()[0, :1, :, None].float().expand(1, -1, 16)[None]
+        wanted, losses = torch.tensor(self.masses, device=device), []
         for bias in biases if isinstance(biases, list) else [biases]:
             held = biased_attention(q, k, inside, bias)[0, 0, :, 0].float()
             losses.append(-(wanted * held.log() + (1 - wanted) * (1 - held).log()).mean())
-        return sum(losses) + 0 * self.pts_bbox_head.transformer(torch.zeros(1)).sum()
+        return sum(losses) + 0 * self.pts_bbox_head.transformer(torch.zeros(1, device=device)).sum()
 
 
-def recipe(precision, lr=0.2):
+def recipe(precision, device="cpu", lr=0.2):
     pytest.importorskip("mmengine")
     import cmtaqr.engine  # noqa: F401
     from cmtaqr.engine.configure import load_config
@@ -63,15 +64,15 @@ def recipe(precision, lr=0.2):
     cfg = copy.deepcopy(load_config(CONFIG).optim_wrapper)
     cfg.optimizer.lr = lr
     if precision != "fp32":
-        cfg.update(type="MixedPrecisionWrapper", device="cpu", precision=precision, loss_scale="dynamic" if precision == "fp16" else 1.0)
+        cfg.update(type="MixedPrecisionWrapper", device=device, precision=precision, loss_scale="dynamic" if precision == "fp16" else 1.0)
     return cfg
 
 
 def train(model, precision="fp32", steps=200):
     """Train with the groups of the shipped recipe; the last scale."""
     from mmengine.optim import build_optim_wrapper
-    wrapper = build_optim_wrapper(model, recipe(precision))
     generator = next(m for m in model.modules() if isinstance(m, AttentionBiasGenerator))
+    wrapper = build_optim_wrapper(model, recipe(precision, generator.bias_scale.device.type))
     own, = (g for g in wrapper.optimizer.param_groups if any(p is generator.bias_scale for p in g["params"]))
     assert own["lr"] == pytest.approx(0.5 * 0.2) and own["weight_decay"] == 0
     for step in range(steps):
@@ -93,6 +94,15 @@ def test_follows_the_optimum(mode, start, precision):
     best = optimum(model.masses)
     assert 2.0 < best < 2.5
     assert train(model, precision).item() == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["inward", "smooth"])
+def test_follows_the_optimum_on_a_gpu(cuda, mode, precision):
+    model = Detector([wanted_mass(1.7), wanted_mass(2.8)], scale_mode=mode)
+    nn.init.constant_(model.pts_bbox_head.aqr_bias.bias_scale, 6.0)
+    assert train(model.to(cuda), precision).item() == pytest.approx(optimum(model.masses), rel=0.01)
 
 
 @pytest.mark.parametrize("start, bound", [(0.1, 0.5), (6.0, 5.0)])
