@@ -1,4 +1,4 @@
-"""A head that is all that `InstrumentsHook` looks at; as a script, one of several processes that record their shares of a batch."""
+"""A head that is all that `InstrumentsHook` looks at; as a script, a process that records its share of a batch."""
 import logging
 import sys
 from types import SimpleNamespace
@@ -35,12 +35,13 @@ class Head(nn.Module):
         return dict(decoded=decoded, aqr=dict(weights=weights, bias=bias, windows=windows, points=None))
 
 
-def batch(size, seed=0):
+def batch(size, seed=0, device="cpu"):
     """Queries, keys and windows of `size` samples."""
     draw = torch.Generator().manual_seed(seed)
-    query, memory = (torch.randn(size, n, 16, generator=draw) for n in (11, LAYOUT.num_keys))
-    cells = torch.stack([torch.stack([torch.randint(n, (size, 11), generator=draw) for n in shape], -1) for shape in LAYOUT.maps], 2)
-    return query, memory, Windows(LAYOUT, cells, torch.rand(size, 11, LAYOUT.num_maps, generator=draw) < 0.6, (3,) * LAYOUT.num_maps)
+    query, memory = (torch.randn(size, n, 16, generator=draw).to(device) for n in (11, LAYOUT.num_keys))
+    cells = [torch.stack([torch.randint(n, (size, 11), generator=draw) for n in shape], -1) for shape in LAYOUT.maps]
+    seen = torch.rand(size, 11, LAYOUT.num_maps, generator=draw) < 0.6
+    return query, memory, Windows(LAYOUT, torch.stack(cells, 2).to(device), seen.to(device), (3,) * LAYOUT.num_maps)
 
 
 def part(inputs, chosen):

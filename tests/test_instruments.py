@@ -15,6 +15,7 @@ pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[dete
 import cmtaqr  # noqa: E402
 from cmtaqr.engine.configure import load_config  # noqa: E402
 from cmtaqr.engine.instruments import BINS, InstrumentsHook, read_instruments  # noqa: E402
+from cmtaqr.engine.stages import copied  # noqa: E402
 from cmtaqr.engine.trainer import VARIANT, Trainer, training_batches  # noqa: E402
 from instrument_cases import Head, batch, record, runner_for  # noqa: E402
 
@@ -36,7 +37,7 @@ def data():
 
 
 def steps(config, precision, data, folder=None, count=3):
-    """Losses of some training steps, weights after them, and the model; recorded where there is a folder."""
+    """Losses of some training steps and the weights after them; recorded where there is a folder."""
     trainer = Trainer(str(config), dict(VARIANT, frozen=False, precision=precision), data, torch.device("cpu"), boxes=10)
     hook, losses = InstrumentsHook(interval=3), []
     runner = runner_for(trainer.model, folder, optim_wrapper=trainer.wrapper)
@@ -46,8 +47,7 @@ def steps(config, precision, data, folder=None, count=3):
     for runner.iter in range(count):
         if folder is not None:
             hook.before_train_iter(runner, 0)
-        inputs = dict(inputs={k: list(v) for k, v in data["inputs"].items()}, data_samples=[s.clone() for s in data["data_samples"]])
-        losses.append(trainer.model.train_step(inputs, trainer.wrapper))
+        losses.append(trainer.model.train_step(copied(data), trainer.wrapper))
         if folder is not None:
             hook.after_train_iter(runner, 0)
     if folder is not None:
@@ -138,7 +138,8 @@ def test_numbers_that_are_not_finite_are_left_out_and_written_at_once(tmp_path):
         text = (tmp_path / "instruments.json").read_text()
         assert len(json.loads(text)["records"]) == (1, 1, 3)[runner.iter], "the second one waits"
     found = json.loads(text)["records"][2]
-    assert "NaN" not in text and found["weights"]["lidar"] == dict(number=0, mean=None, std=None, saturated=None, histogram=[0] * BINS)
+    nothing = dict(number=0, mean=None, std=None, saturated=None, histogram=[0] * BINS)
+    assert "NaN" not in text and found["weights"]["lidar"] == nothing
     assert found["attention"]["entropy"] is None and found["scale"] == [2.5]
     assert not [n for n in runner.visualizer.scalars[3] if "weights" in n and "number" not in n]
 
@@ -205,8 +206,7 @@ def test_two_processes_record_what_one_does_with_the_whole_batch(tmp_path):
 def test_nothing_waits_for_the_gpu_but_one_read_per_record(cuda, tmp_path):
     torch.manual_seed(0)
     model, hook = Head().to(cuda), InstrumentsHook(interval=2)
-    query, memory, windows = batch(2)
-    inputs = query.to(cuda), memory.to(cuda), type(windows)(windows.layout, windows.cells.to(cuda), windows.seen.to(cuda), windows.sizes)
+    inputs = batch(2, device=cuda)
     runner = runner_for(model, tmp_path)
     hook.before_train(runner)
     model(*inputs)  # kernels are compiled
@@ -235,13 +235,12 @@ def test_nothing_waits_for_the_gpu_but_one_read_per_record(cuda, tmp_path):
 @pytest.mark.gpu
 def test_a_step_is_recorded_on_the_gpu_as_on_the_cpu(cuda, tmp_path):
     torch.manual_seed(0)
-    model, (query, memory, windows) = Head(scale_per="layer"), batch(2)
-    record(model, (query, memory, windows), tmp_path)
+    model = Head(scale_per="layer")
+    record(model, batch(2), tmp_path)
     (tmp_path / "gpu").mkdir()
-    inputs = query.to(cuda), memory.to(cuda), type(windows)(windows.layout, windows.cells.to(cuda), windows.seen.to(cuda), windows.sizes)
-    model.aqr_bias.bias_scale.grad = None
-    record(model.to(cuda), inputs, tmp_path / "gpu")
+    record(model.to(cuda), batch(2, device=cuda), tmp_path / "gpu")
     cpu, gpu = (read_instruments(folder)["records"][0] for folder in (tmp_path, tmp_path / "gpu"))
     for name in ("lidar", "camera"):
         assert gpu["weights"][name]["mean"] == pytest.approx(cpu["weights"][name]["mean"], abs=1e-3)
-    assert gpu["attention"] == pytest.approx(cpu["attention"], abs=5e-3) and gpu["scale_grad"] == pytest.approx(cpu["scale_grad"], abs=5e-3)
+    assert gpu["attention"] == pytest.approx(cpu["attention"], abs=5e-3)
+    assert gpu["scale_grad"] == pytest.approx(cpu["scale_grad"], abs=5e-3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIDAR_COLOR', 'CAMERA_COLOR', 'SENSORS', 'plot_groups', 'mean_map', 'plot_bev_maps', 'View', 'plot_camera_maps',
-           'window_rectangles', 'plot_bev_windows', 'plot_camera_windows', 'plot_instruments']
+           'window_rectangles', 'plot_bev_windows', 'plot_camera_windows']
 
 # %% ../../nbs/54a_analysis_figures.ipynb #75077911
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .metrics import Frame
 LIDAR_COLOR, CAMERA_COLOR = "#4c72b0", "#dd8452"
 SENSORS = {"lidar": "LiDAR", "camera": "camera"}
 
-# %% ../../nbs/54a_analysis_figures.ipynb #7b1b2f84
+# %% ../../nbs/54a_analysis_figures.ipynb #2de7edab
 def _ordered(values):
     """Groups in the order in which they were declared, or by name."""
     return list(values.cat.categories) if isinstance(values.dtype, pd.CategoricalDtype) else sorted(values.dropna().unique())
@@ -46,15 +46,16 @@ def plot_groups(queries, columns=("class", "distance", "visibility"), least=5):
     groups = {column: names for column, names in groups.items() if names}
     if not groups:
         return None
-    figure, axes = plt.subplots(1, len(groups), figsize=(3 + 1.1 * sum(map(len, groups.values())), 4.2), sharey=True, squeeze=False,
-                                width_ratios=[len(names) + 1 for names in groups.values()], layout="constrained")
+    widths = [len(names) + 1 for names in groups.values()]
+    figure, axes = plt.subplots(1, len(groups), figsize=(3 + 0.8 * sum(widths), 4.2), sharey=True, squeeze=False,
+                                width_ratios=widths, layout="constrained")
     for axis, (column, names) in zip(axes[0], groups.items()):
         table = queries[queries[column].isin(names)].assign(**{column: lambda t, c=column: t[c].astype(str)})
         long = table.melt(column, list(SENSORS), "sensor", "weight").replace({"sensor": SENSORS})
-        sns.boxplot(long, x=column, y="weight", hue="sensor", order=[str(n) for n in names], palette=[LIDAR_COLOR, CAMERA_COLOR], whis=(5, 95),
-                    showfliers=False, ax=axis, legend=axis is axes[0, 0], linewidth=0.8)
-        counts = table[column].value_counts()
-        axis.set_xticks(range(len(names)), [f"{n}\n{counts[str(n)]}" for n in names], fontsize="small", rotation=30 if len(names) > 6 else 0)
+        sns.boxplot(long, x=column, y="weight", hue="sensor", order=[str(n) for n in names], palette=[LIDAR_COLOR, CAMERA_COLOR],
+                    whis=(5, 95), showfliers=False, ax=axis, legend=axis is axes[0, 0], linewidth=0.8)
+        counts, turned = table[column].value_counts(), 40 if len(names) > 6 else 0
+        axis.set_xticks(range(len(names)), [f"{n}\n{counts[str(n)]}" for n in names], fontsize="small", rotation=turned)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xlabel=f"{column}; number of queries", ylabel="weight", ylim=(-1.05, 1.05))
     figure.suptitle("Weights of queries at objects")
@@ -100,7 +101,7 @@ def plot_bev_maps(means, extent, frames):
     figure.suptitle(f"Mean weight of the queries whose reference point lies there, {frames} frames")
     return figure
 
-# %% ../../nbs/54a_analysis_figures.ipynb #c7454a06
+# %% ../../nbs/54a_analysis_figures.ipynb #d7ef7bc0
 @dataclass(frozen=True)
 class View:
     """A frame, and the windows of its queries on it.
@@ -109,7 +110,7 @@ class View:
         frame: `Frame`, boxes being the ground truth.
         points: [Q, 3] reference points in metres.
         scores: [Q] probability of each query's likeliest class.
-        values: [Q, 2] bias in logits (LiDAR, camera), or weight where there is no bias; the mean over layers with a scale for each.
+        values: [Q, 2] bias in logits (LiDAR, camera; its mean over layers with a scale for each), or weight without a bias.
         unit: What `values` are: 'bias (logits)' or 'weight'.
         limit: Their bound.
         bounds: [Q, M, 4] windows as (row0, row1, col0, col1), half open, all 0 where there is none.
@@ -136,16 +137,16 @@ class View:
         return np.argsort(-self.scores, kind="stable")[:count]
 
 
-def _image_axes(frame, columns, rows_per_view=1):
-    """Figure with a panel for each image, and (view, axis or axes) pairs in reading order."""
+def _image_axes(frame, columns, per_view=1):
+    """Figure with `per_view` panels, one below the other, for each image; and pairs (view, its axes) in reading order."""
     views, height, width = frame.images.shape[:3]
     names, rows = frame.cameras or [f"camera {view}" for view in range(views)], -(-views // columns)
     order = sorted(range(views), key=lambda v: ("BACK" in names[v], "LEFT" not in names[v], "RIGHT" in names[v]))
-    figure, axes = plt.subplots(rows * rows_per_view, columns, figsize=(5 * columns, 5 * rows * rows_per_view * height / width + 0.6),
+    figure, axes = plt.subplots(rows * per_view, columns, figsize=(5 * columns, 5 * rows * per_view * height / width + 0.6),
                                 squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    panels = [(view, [axes[i // columns * rows_per_view + k, i % columns] for k in range(rows_per_view)]) for i, view in enumerate(order)]
+    panels = [(view, axes[i // columns * per_view:, i % columns][:per_view]) for i, view in enumerate(order)]
     for view, mine in panels:
         for axis in mine:
             axis.imshow(frame.images[view])
@@ -176,7 +177,7 @@ def plot_camera_maps(means, frame, frames, columns=3):
     figure.suptitle(f"Mean weight of the queries that project there, {frames} frames")
     return figure
 
-# %% ../../nbs/54a_analysis_figures.ipynb #d9336af8
+# %% ../../nbs/54a_analysis_figures.ipynb #0c7d9485
 def window_rectangles(bounds, shape, origin, extent):
     """Windows of a map as rectangles in metres or pixels.
 
@@ -195,7 +196,8 @@ def window_rectangles(bounds, shape, origin, extent):
 
 
 def _draw_windows(axis, rectangles, values, limit):
-    patches = PatchCollection([Rectangle(r[:2], *r[2:]) for r in rectangles], cmap="coolwarm", alpha=0.45, linewidth=0.6, edgecolor="black")
+    style = dict(cmap="coolwarm", alpha=0.45, linewidth=0.6, edgecolor="black")
+    patches = PatchCollection([Rectangle(r[:2], *r[2:]) for r in rectangles], **style)
     patches.set_array(np.asarray(values))
     patches.set_clim(-limit, limit)
     axis.add_collection(patches)
@@ -222,7 +224,8 @@ def plot_bev_windows(view, count=30):
     for corners in box_corners(view.frame.gt_boxes)[:, :4, :2]:
         axis.plot(*np.append(corners, corners[:1], 0).T, color=GT_COLOR, linewidth=1.2)
     rectangles = window_rectangles(view.bounds[chosen, 0], view.lidar, view.origin, extent)
-    figure.colorbar(_draw_windows(axis, rectangles, view.values[chosen, 0], view.limit), ax=axis, label=f"LiDAR {view.unit}", shrink=0.8)
+    shown = _draw_windows(axis, rectangles, view.values[chosen, 0], view.limit)
+    figure.colorbar(shown, ax=axis, label=f"LiDAR {view.unit}", shrink=0.8)
     axis.scatter(*view.points[chosen, :2].T, color="black", s=6)
     (x, y), (width, height) = view.origin, extent
     axis.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=(x, x + width), ylim=(y, y + height),
@@ -246,58 +249,4 @@ def plot_camera_windows(view, count=30, columns=3):
         axis.set_title(f"{axis.get_title()}: {len(mine)} windows")
     figure.colorbar(shown, ax=figure.axes, shrink=0.6, label=f"camera {view.unit}")
     figure.suptitle(f"Camera windows of the {count} surest queries")
-    return figure
-
-# %% ../../nbs/54a_analysis_figures.ipynb #bbea2f18
-def _histograms(axis, steps, counts):
-    shares = counts / np.maximum(counts.sum(0), 1)
-    centres = np.linspace(-1, 1, 2 * len(shares) + 1)[1::2]
-    return axis.pcolormesh(steps, centres, shares, cmap="viridis", shading="nearest", vmin=0)
-
-
-def _lines(axis, steps, series, **style):
-    for values in zip(*series):
-        axis.plot(steps, [np.nan if v is None else v for v in values], **style)
-
-
-def plot_instruments(data):
-    """Course of a training: weights, preference, saturation, attention, scale.
-
-    Args:
-        data: From `cmtaqr.engine.instruments.read_instruments`.
-
-    Returns:
-        matplotlib Figure, or None without records.
-    """
-    records = data["records"]
-    if not records:
-        return None
-    steps = [r["iter"] for r in records]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained", sharex=True)
-    for axis, (sensor, name) in zip(axes[0], SENSORS.items()):
-        counts = np.array([r["weights"][sensor]["histogram"] for r in records], float).T
-        figure.colorbar(_histograms(axis, steps, counts), ax=axis, label="share of queries")
-        axis.set(ylabel=f"{name} weight", title=f"{name} weight of the match queries")
-        axis.grid(False)
-    axes[0, 2].stackplot(steps, *([r["prefer"][n] for r in records] for n in ("lidar", "neither", "camera")),
-                         labels=("LiDAR", "neither", "camera"), colors=(LIDAR_COLOR, "0.85", CAMERA_COLOR))
-    axes[0, 2].set(ylabel="share of queries", ylim=(0, 1), title="Higher weight for")
-    axes[0, 2].legend(loc="center right")
-    for (sensor, name), color in zip(SENSORS.items(), (LIDAR_COLOR, CAMERA_COLOR)):
-        _lines(axes[1, 0], steps, ([b[sensor]["saturated"] for b in r["bias"]] for r in records), color=color, label=name)
-    axes[1, 0].set(ylabel="share of |bias|", ylim=(-0.02, 1.02), title="Bias beyond 90 % of its bound")
-    for key, label in (("entropy", "with bias"), ("entropy_without", "without")):
-        values = [(r["attention"] or {}).get(key) for r in records]
-        if any(v is not None for v in values):
-            _lines(axes[1, 1], steps, ([v] for v in values), label=label)
-    axes[1, 1].set(ylabel="entropy (nats)", title="Spread of the attention")
-    _lines(axes[1, 2], steps, (r["scale"] for r in records), color="tab:purple")
-    for bound in data["bounds"] or ():
-        axes[1, 2].axhline(bound, color="black", linestyle="--", linewidth=1)
-    axes[1, 2].set(ylabel="scale (logits)", title="Scale and its bounds")
-    for axis in axes[1]:
-        axis.set_xlabel("iteration")
-        if axis.get_legend_handles_labels()[1]:
-            found = dict(zip(*axis.get_legend_handles_labels()[::-1]))
-            axis.legend(found.values(), found)
     return figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'AnalyzeParameters', 'Analysis', 'draw', 'load_detector', 'analyze', 'main']
 
-# %% ../../nbs/54c_analyze.ipynb #3ca2c1de
+# %% ../../nbs/54c_analyze.ipynb #13fa1b00
 import argparse
 import hashlib
 import io
@@ -23,13 +23,13 @@ from . import analysis_figures, figures
 from .analysis_figures import View
 from .hooks import read_history
 from .inference import Detector
-from .instruments import read_instruments
+from .instruments import plot_instruments, read_instruments
 from .lookup import sample_tokens
 from .options import ParameterError, Parameters, option
 from .parameters import package_root
 from .progress import Progress
-from .query_tables import (MATCH_DISTANCE, attention_numbers, bias_numbers, describe_groups, frame_arrays, query_table,
-                                        weight_maps)
+from .query_tables import (MATCH_DISTANCE, attention_numbers, bias_numbers, describe_groups, frame_arrays,
+                                        query_table, weight_maps)
 from .record import command, git_commit, machine, versions, write_json
 
 # %% ../../nbs/54c_analyze.ipynb #1bcd9c65
@@ -51,7 +51,7 @@ class AnalyzeParameters(Parameters):
         if not self.checkpoint:
             raise ParameterError("checkpoint is missing: give a .pth file or the work_dir of a training run")
 
-# %% ../../nbs/54c_analyze.ipynb #369b4e41
+# %% ../../nbs/54c_analyze.ipynb #1e0f8416
 @dataclass(frozen=True)
 class Analysis:
     """Result of an analysis.
@@ -85,13 +85,16 @@ class Analysis:
     def weights_bev(self):
         """Mean weights over the ground plane; None without LiDAR."""
         found = self._map("bev")
-        extent = None if found is None else self.numbers["maps"]["bev"]["extent"]
-        return None if found is None else analysis_figures.plot_bev_maps(found, extent, self.numbers["frames"])
+        if found is None:
+            return None
+        return analysis_figures.plot_bev_maps(found, self.numbers["maps"]["bev"]["extent"], self.numbers["frames"])
 
     def weights_cameras(self):
         """Mean weights over the images; None without images."""
         found, frame = self._map("cameras"), self.view.frame
-        return None if found is None or frame.images is None else analysis_figures.plot_camera_maps(found, frame, self.numbers["frames"])
+        if found is None or frame.images is None:
+            return None
+        return analysis_figures.plot_camera_maps(found, frame, self.numbers["frames"])
 
     def windows_bev(self):
         """Windows on the ground plane; None without LiDAR."""
@@ -107,7 +110,7 @@ class Analysis:
 
     def training(self):
         """What `InstrumentsHook` recorded; None where its file is not beside the checkpoint."""
-        return self.instruments and analysis_figures.plot_instruments(self.instruments)
+        return self.instruments and plot_instruments(self.instruments)
 
 
 FIGURES = ("weights", "weights_bev", "weights_cameras", "windows_bev", "windows_cameras", "scale", "training")
@@ -121,7 +124,7 @@ def draw(analysis):
             yield figures.save(figure, analysis.folder, name)
             plt.close(figure)
 
-# %% ../../nbs/54c_analyze.ipynb #5bca70fb
+# %% ../../nbs/54c_analyze.ipynb #54c80ba9
 def load_detector(params):
     """The detector of a checkpoint with AQR.
 
@@ -139,8 +142,8 @@ def load_detector(params):
     if not any(map(is_aqr, read_checkpoint(detector.checkpoint).state)):
         raise ValueError(f"checkpoint {detector.checkpoint} has no AQR weights: {remedy}")
     if detector.data_root is None:
-        raise FileNotFoundError("data_root is missing: give a nuScenes folder, or make one with `python -m cmtaqr.data.world FOLDER` and "
-                                "`python -m cmtaqr.data.nuscenes FOLDER`")
+        raise FileNotFoundError("data_root is missing: give a nuScenes folder, or make one with "
+                                "`python -m cmtaqr.data.world FOLDER` and `python -m cmtaqr.data.nuscenes FOLDER`")
     return detector
 
 
@@ -167,7 +170,7 @@ def _beside(read, checkpoint):
     except FileNotFoundError:
         return None
 
-# %% ../../nbs/54c_analyze.ipynb #945b9820
+# %% ../../nbs/54c_analyze.ipynb #d3f563e1
 def analyze(params, folder=None):
     """Run the model over the frames and sum up.
 
@@ -196,23 +199,28 @@ def analyze(params, folder=None):
         progress.update(index + 1)
     progress.close()
     drawn, frame, layout = frame_arrays(detector, tokens[params.frame], root)
-    queries, view = query_table(frames, detector.classes), _view(detector.model.pts_bbox_head, drawn, frame, layout)
+    head, queries = detector.model.pts_bbox_head, query_table(frames, detector.classes)
+    view = _view(head, drawn, frame, layout)
     history, instruments = (_beside(read, detector.checkpoint) for read in (read_history, read_instruments))
     numbers = dict(
-        checkpoint=detector.checkpoint.name, config=detector.source, version=detector.model.pts_bbox_head.aqr_version, split=params.split, frames=len(tokens), tokens=tokens,
-        matching=f"nearest object within {MATCH_DISTANCE:g} m of the predicted centre, in the ground plane", weights=describe_groups(queries),
-        **_aqr_numbers(detector.model.pts_bbox_head, frames, layout), maps=weight_maps(frames, layout, view.origin, view.cell),
+        checkpoint=detector.checkpoint.name, config=detector.source, version=head.aqr_version, split=params.split,
+        frames=len(tokens), tokens=tokens,
+        matching=f"nearest object within {MATCH_DISTANCE:g} m of the predicted centre, in the ground plane",
+        weights=describe_groups(queries), **_aqr_numbers(head, frames, layout),
+        maps=weight_maps(frames, layout, view.origin, view.cell),
         windows=_window_numbers(view, params.windows), scale_curve=history and _curve(history),
         parameters=params.asdict(), versions=versions(), commit=git_commit(), machine=machine(), command=command())
     write_json(folder / "analysis.json", numbers)
     return Analysis(numbers, queries, view, history, instruments, folder, params.windows)
 
-# %% ../../nbs/54c_analyze.ipynb #5062d75a
+# %% ../../nbs/54c_analyze.ipynb #8208734e
 def _view(head, arrays, frame, layout):
-    bias = arrays["bias"]
-    values, unit, limit = (bias.mean(0), "bias (logits)", head.aqr_bias.limit) if len(bias) else (arrays["weights"], "weight", 1.0)
+    values, unit, limit = arrays["weights"], "weight", 1.0
+    if len(arrays["bias"]):
+        values, unit, limit = arrays["bias"].mean(0), "bias (logits)", head.aqr_bias.limit
     origin, cell = (head.point_cloud_range[:2], head.cell_size) if layout.lidar is not None else (None, None)
-    return View(frame, arrays["points"], arrays["scores"], values, unit, limit, arrays["bounds"], layout.lidar, layout.camera, origin, cell)
+    return View(frame, arrays["points"], arrays["scores"], values, unit, limit, arrays["bounds"], layout.lidar, layout.camera,
+                origin, cell)
 
 
 def _aqr_numbers(head, frames, layout):
@@ -221,13 +229,15 @@ def _aqr_numbers(head, frames, layout):
     if not len(frames[0]["bias"]):
         return dict(scale=None, bias=None, attention={name: attention[name] for name in ("entropy", "lidar_share")})
     scale = dict(value=generator.scale().detach().reshape(-1).tolist(), bounds=[generator.min_scale, generator.max_scale])
-    return dict(scale=scale, bias=dict(limit=generator.limit, **bias_numbers(frames, layout, generator.limit)), attention=attention)
+    bias = dict(limit=generator.limit, **bias_numbers(frames, layout, generator.limit))
+    return dict(scale=scale, bias=bias, attention=attention)
 
 
 def _window_numbers(view, count):
     """The windows that are drawn, by map: 0 is the BEV map where there is LiDAR."""
     return dict(token=view.frame.token, unit=view.unit, queries=[
-        dict(query=int(q), point=view.points[q], score=float(view.scores[q]), lidar=float(view.values[q, 0]), camera=float(view.values[q, 1]),
+        dict(query=int(q), point=view.points[q], score=float(view.scores[q]), lidar=float(view.values[q, 0]),
+             camera=float(view.values[q, 1]),
              cells={int(m): view.bounds[q, m] for m in np.nonzero(view.bounds[q].any(1))[0]}) for q in view.best(count)])
 
 
@@ -237,17 +247,17 @@ def _curve(history):
     names = {n: None for r in records for n in r if "bias_scale" in n and not n.startswith("lr/")}
     return dict(bounds=history["bounds"], iter=[r["iter"] for r in records], **{n: [r.get(n) for r in records] for n in names})
 
-# %% ../../nbs/54c_analyze.ipynb #3d8bbb9e
+# %% ../../nbs/54c_analyze.ipynb #01f82009
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.analyze CHECKPOINT`; returns the exit status."""
-    about = "Show what the router of a trained AQR decides: figures and analysis.json. A stopped run is resumed by the same command."
+    about = "Show what the router of a trained AQR decides: figures and analysis.json. A stopped run goes on where it was."
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.analyze", description=about)
     for field in fields(AnalyzeParameters):
         help = f"{field.metadata['help']} (default {field.default})"
         if field.name == "checkpoint":
             parser.add_argument("checkpoint", help=field.metadata["help"])
         elif field.name == "work_dir":
-            parser.add_argument("--out", dest="work_dir", help="folder to write to (default outputs/analysis below the repository)")
+            parser.add_argument("--out", dest="work_dir", help="folder to write to (default: outputs/analysis of the repository)")
         else:
             kind = int if isinstance(field.default, int) else str
             parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=kind, help=help)

@@ -73,9 +73,9 @@ def _spread(values):
     low, middle, high = np.percentile(values, [10, 50, 90])
     return dict(median=round(middle, 4), p10=round(low, 4), p90=round(high, 4))
 
-# %% ../../nbs/58b_overhead.ipynb #1d9b8c5e
-def measure_overhead(config="cmt_aqr_voxel0100_r50_800x320_cbgs", interval=50, pairs=40, intervals=3, batch_size=None, precision=None,
-                     device="auto", turns=10, warmup=5, records=3000):
+# %% ../../nbs/58b_overhead.ipynb #552d7802
+def measure_overhead(config="cmt_aqr_voxel0100_r50_800x320_cbgs", interval=50, pairs=40, intervals=3, batch_size=None,
+                     precision=None, device="auto", turns=10, warmup=5, records=3000):
     """Share of a training step that `InstrumentsHook` costs.
 
     Args:
@@ -91,8 +91,8 @@ def measure_overhead(config="cmt_aqr_voxel0100_r50_800x320_cbgs", interval=50, p
         records (int): Records in the file whose writing is timed.
 
     Returns:
-        dict: `share` of a step, without the file, and `share_with_file`; `step_ms`, `recorded_ms`, `extra_ms`, `idle_ms`, `file`, `check`,
-        `memory_mib`, and the run record.
+        dict: `share` of a step, without the file, and `share_with_file`; `step_ms`, `recorded_ms`, `extra_ms`, `idle_ms`, `file`,
+        `check`, `memory_mib`, and the run record.
 
     Raises:
         ParameterError: The config has no AQR, or the device is not there.
@@ -139,11 +139,12 @@ def measure_overhead(config="cmt_aqr_voxel0100_r50_800x320_cbgs", interval=50, p
         recorded_ms=_spread(recorded), extra_ms=_spread(extra), idle_ms=round(idle, 6), file=file, check=check, memory_mib=memory,
         versions=versions(), commit=git_commit(), machine=machine(), command=command())
 
-# %% ../../nbs/58b_overhead.ipynb #f5f20d82
+# %% ../../nbs/58b_overhead.ipynb #72944e1f
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.overhead --out FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.overhead", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Measure what InstrumentsHook costs of a training step.")
+    about = "Measure what InstrumentsHook costs of a training step."
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.overhead", description=about,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="cmt_aqr_voxel0100_r50_800x320_cbgs", help="name or path of a config with AQR")
     for name, default, text in (("interval", 50, "of the hook"), ("pairs", 40, "pairs of a plain and a recorded step"),
                                 ("intervals", 3, "whole intervals with and without the hook; 0: none"),

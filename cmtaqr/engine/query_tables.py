@@ -6,7 +6,7 @@
 __all__ = ['MATCH_DISTANCE', 'match_queries', 'visibilities', 'objects_of', 'predictions', 'frame_arrays', 'query_table',
            'describe', 'describe_groups', 'weight_maps', 'bias_numbers', 'attention_numbers']
 
-# %% ../../nbs/54b_query_tables.ipynb #d945da67
+# %% ../../nbs/54b_query_tables.ipynb #3c61dafb
 import numpy as np
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 
 from ..data.nuscenes import CLASSES
 from .analysis_figures import mean_map
-from .instruments import MODALITIES, attention_sums
+from .distributions import MODALITIES, attention_sums
 from .lookup import _tables, find_info
 from .metrics import predict_data
 
@@ -38,7 +38,7 @@ def match_queries(centres, boxes, distance=MATCH_DISTANCE):
     apart = np.linalg.norm(np.asarray(centres)[:, None] - np.asarray(boxes)[None, :, :2], axis=-1)
     return np.where(apart.min(1) <= distance, apart.argmin(1), -1)
 
-# %% ../../nbs/54b_query_tables.ipynb #5e513a8f
+# %% ../../nbs/54b_query_tables.ipynb #ec70d118
 def visibilities(token, root):
     """Annotated visibility of the objects of a sample, in the order of its annotations.
 
@@ -74,9 +74,10 @@ def objects_of(info, root, classes):
     names = [CLASSES[i["bbox_label_3d"]] if i["bbox_label_3d"] >= 0 else None for i in instances]
     kept = [n for n, i in enumerate(instances) if i["bbox_3d_isvalid"] and names[n] in classes]
     return dict(boxes=np.array([instances[n]["bbox_3d"] for n in kept], np.float32).reshape(-1, 7),
-                object_labels=np.array([classes.index(names[n]) for n in kept], int), visibility=np.array([seen[n] for n in kept], str))
+                object_labels=np.array([classes.index(names[n]) for n in kept], int),
+                visibility=np.array([seen[n] for n in kept], str))
 
-# %% ../../nbs/54b_query_tables.ipynb #726767a2
+# %% ../../nbs/54b_query_tables.ipynb #92491f94
 def predictions(tasks):
     """What each query predicts in the last layer of the first sample.
 
@@ -103,9 +104,9 @@ def frame_arrays(detector, token, root):
         root: nuScenes root.
 
     Returns:
-        dict of arrays: weights [Q, 2], bias [L, Q, 2] (L scales; 0 where there is no bias), points [Q, 3], centres [Q, 2], labels, scores and match
-        [Q], cells [Q, M, 2], bounds [Q, M, 4], seen [Q, M], attention [5] (see `attention_sums`), and of the objects boxes, object_labels,
-        visibility; the `Frame`; and the `TokenLayout` of its keys.
+        dict of arrays: weights [Q, 2], bias [L, Q, 2] (L scales; 0 where there is no bias), points [Q, 3], centres [Q, 2],
+        labels, scores and match [Q], cells [Q, M, 2], bounds [Q, M, 4], seen [Q, M], attention [5] (see `attention_sums`), and of
+        the objects boxes, object_labels, visibility; the `Frame`; and the `TokenLayout` of its keys.
     """
     head, caught = detector.model.pts_bbox_head, {}
 
@@ -124,13 +125,14 @@ def frame_arrays(detector, token, root):
     bias = list(bias) if isinstance(bias, (list, tuple)) else [] if bias is None else [bias]
     windows = bias[0].windows if bias else aqr["windows"]
     centres, labels, scores = predictions(caught["tasks"])
-    tensors = dict(weights=aqr["weights"][0].float(), points=aqr["points"][0].float(), centres=centres, labels=labels, scores=scores,
+    tensors = dict(weights=aqr["weights"][0].float(), points=aqr["points"][0].float(), centres=centres, labels=labels,
+                   scores=scores,
                    bias=torch.stack([b.value[0].float() for b in bias]) if bias else centres.new_zeros(0, len(labels), 2),
                    cells=windows.cells[0], bounds=windows.bounds()[0], seen=windows.seen[0], attention=caught["attention"])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()} | objects_of(info, root, detector.classes)
     return arrays | dict(match=match_queries(arrays["centres"], arrays["boxes"])), frame, windows.layout
 
-# %% ../../nbs/54b_query_tables.ipynb #f2d31006
+# %% ../../nbs/54b_query_tables.ipynb #e4e5e178
 def query_table(frames, classes):
     """One row per query of all frames.
 
@@ -139,8 +141,8 @@ def query_table(frames, classes):
         classes: The detector's classes.
 
     Returns:
-        DataFrame: frame, lidar, camera (weights), x, y (m), score, object (number within the frame, -1 for none), and, empty for queries at no
-        object, class, distance ('0-10 m', ...), visibility: ordered categories.
+        DataFrame: frame, lidar, camera (weights), x, y (m), score, object (number within the frame, -1 for none), and, empty for
+        queries at no object, class, distance ('0-10 m', ...), visibility: ordered categories.
     """
     parts = []
     for index, a in enumerate(frames):
@@ -149,8 +151,8 @@ def query_table(frames, classes):
         properties = dict(
             metres=np.linalg.norm(a["boxes"][which, :2], axis=1), visibility=[v or None for v in a["visibility"][which]],
             **{"class": [classes[label] for label in a["object_labels"][which]]})
-        table = pd.DataFrame(dict(frame=index, lidar=a["weights"][:, 0], camera=a["weights"][:, 1], x=a["points"][:, 0], y=a["points"][:, 1],
-                                  score=a["scores"], object=a["match"]))
+        table = pd.DataFrame(dict(frame=index, lidar=a["weights"][:, 0], camera=a["weights"][:, 1], x=a["points"][:, 0],
+                                  y=a["points"][:, 1], score=a["scores"], object=a["match"]))
         parts.append(table.join(pd.DataFrame(properties, np.nonzero(at)[0], dtype=object)))
     table = pd.concat(parts, ignore_index=True)
     step = table.pop("metres").astype(float) // 10
@@ -168,10 +170,11 @@ def describe(queries):
         queries: Rows of `query_table`, at least one.
 
     Returns:
-        dict: queries, objects; for lidar, camera and their difference mean, std (population) and the quantiles q05, q25, q50, q75, q95;
-        prefer (shares of the queries whose LiDAR or camera weight is higher by more than 0.01, or neither).
+        dict: queries, objects; for lidar, camera and their difference mean, std (population) and the quantiles q05, q25, q50,
+        q75, q95; prefer (shares of the queries whose LiDAR or camera weight is higher by more than 0.01, or neither).
     """
-    objects, difference = queries[queries["object"] >= 0].drop_duplicates(["frame", "object"]), queries["lidar"] - queries["camera"]
+    difference = queries["lidar"] - queries["camera"]
+    objects = queries[queries["object"] >= 0].drop_duplicates(["frame", "object"])
     result = dict(queries=len(queries), objects=len(objects))
     for name, values in dict(lidar=queries["lidar"], camera=queries["camera"], difference=difference).items():
         quantiles = {f"q{round(100 * q):02d}": float(values.quantile(q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
@@ -188,7 +191,7 @@ def describe_groups(queries):
         result[column] = {str(name): describe(part) for name, part in queries.groupby(column, observed=True)}
     return result
 
-# %% ../../nbs/54b_query_tables.ipynb #9302e0ab
+# %% ../../nbs/54b_query_tables.ipynb #aeeb7be5
 def _seen(arrays, layout):
     """Whether each query has a window on a sensor, [Q, 2]."""
     return np.stack([x.any(1) for x in np.split(arrays["seen"], [layout.num_maps - layout.num_views], 1)], 1)
@@ -203,7 +206,8 @@ def weight_maps(frames, layout, origin, cell):
         origin, cell: First corner of the BEV map and size of its cells, (x, y) in metres; not used without LiDAR.
 
     Returns:
-        dict: bev (lidar and camera [rows, cols], queries, extent) or None; cameras (lidar and camera [V, rows, cols], queries) or None.
+        dict: bev (lidar and camera [rows, cols], queries, extent) or None; cameras (lidar and camera [V, rows, cols], queries) or
+        None.
     """
     weights, cells, seen = (np.concatenate([a[n] for a in frames]) for n in ("weights", "cells", "seen"))
     result, cameras = dict(bev=None, cameras=None), layout.num_maps - layout.num_views
@@ -231,18 +235,19 @@ def bias_numbers(frames, layout, limit, full=0.9):
         full: Share of the bound beyond which it is saturated.
 
     Returns:
-        dict: For lidar and camera a list, one entry per scale: number of queries with a window on the sensor, mean, std, saturated share; None
-        where there is none.
+        dict: For lidar and camera a list, one entry per scale: number of queries with a window on the sensor, mean, std,
+        saturated (share); None where there is no such query.
     """
     bias, seen = np.concatenate([a["bias"] for a in frames], 1), np.concatenate([_seen(a, layout) for a in frames])
 
     def one(values):
-        return dict(queries=len(values), mean=float(values.mean()), std=float(values.std()), saturated=float((abs(values) > full * limit).mean()))
+        share = float((abs(values) > full * limit).mean())
+        return dict(queries=len(values), mean=float(values.mean()), std=float(values.std()), saturated=share)
 
     return {name: [one(b[seen[:, i], i]) if seen[:, i].any() else None for b in bias] for i, name in enumerate(MODALITIES)}
 
 
 def attention_numbers(frames):
-    """Mean entropy (nats) and share of LiDAR keys of the last layer's attention over sampled queries, with the bias and without."""
+    """Mean entropy (nats) and share of LiDAR keys of the last layer's attention, sampled queries, with the bias and without."""
     rows, *sums = np.sum([a["attention"] for a in frames], 0)
     return dict(zip(("entropy", "lidar_share", "entropy_without", "lidar_share_without"), (float(s / rows) for s in sums)))
