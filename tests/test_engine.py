@@ -141,8 +141,9 @@ def test_same_seed_same_run(toy, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
-    Path(toy["config"]).write_text(Path(toy["config"]).read_text() + "model.update(fail_at=3)\n")
-    with pytest.raises(FloatingPointError, match="iteration 3: .*loss_fit.* not finite. Lower lr"):
+    hooks = 'custom_hooks = _base_.custom_hooks + [dict(type="FaultHook", in_a_row=1)]\n'
+    Path(toy["config"]).write_text(Path(toy["config"]).read_text() + "model.update(fail_at=3)\n" + hooks)
+    with pytest.raises(FloatingPointError, match="iteration 3: .*loss_fit not finite.* Lower lr"):
         run(toy)
     assert read_history(tmp_path / "run")["records"][-1]["loss"] is None
 

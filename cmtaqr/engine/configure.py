@@ -6,17 +6,17 @@
 __all__ = ['load_config', 'resolve_device', 'stretched', 'checkpoint_file', 'run_config', 'check_data', 'changes',
            'differs_from_training']
 
-# %% ../../nbs/51a_configure.ipynb #57a3282d
+# %% ../../nbs/51a_configure.ipynb #8c90bf18
 import json
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
 from .aqr import put_aqr
 from .frozen import apply_freezing
 from .parameters import ParameterError, find_config, package_root
+from .safe_files import newest_checkpoint
 
 # %% ../../nbs/51a_configure.ipynb #c30748c9
 def load_config(config):
@@ -147,19 +147,20 @@ def _put_test(cfg, params):
     if frames is not None:
         cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #1b4adee9
+# %% ../../nbs/51a_configure.ipynb #35a7e16a
 def checkpoint_file(path):
-    """The checkpoint meant by a file, or by the work folder of a run, then its newest.
+    """The checkpoint meant by a file, or by the work folder of a run, then its newest that is intact.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder holds no checkpoint.
+        BrokenCheckpoint: The folder holds checkpoints, and all are broken.
     """
     path = Path(path).expanduser().absolute()
     if path.is_dir() or not path.suffix:
-        newest = find_latest_checkpoint(str(path)) if path.is_dir() else None
-        if not newest or not Path(newest).is_file():
+        newest = newest_checkpoint(path) if path.is_dir() else None
+        if newest is None:
             raise FileNotFoundError(f"no checkpoint in {path}: train there first, or name a .pth file")
-        return Path(newest)
+        return newest
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: relative paths begin at {Path.cwd()}")
     return path

@@ -108,7 +108,7 @@ def sample_names(batch):
     metas = [getattr(sample, "metainfo", {}) for sample in samples or ()]
     return [str(meta.get("token") or meta.get("sample_idx", "without a name")) for meta in metas]
 
-# %% ../../nbs/51e_faults.ipynb #66f2cdf1
+# %% ../../nbs/51e_faults.ipynb #3cb25117
 class QuarantineFull(RuntimeError):
     """More samples of a run cannot be read than it accepts."""
 
@@ -181,7 +181,7 @@ class FaultHook(Hook):
             self.row = 0
             return
         self.row += 1
-        terms = [name for name, value in (outputs or {}).items() if not math.isfinite(float(value))]
+        terms = [name for name, value in (outputs or {}).items() if not math.isfinite(float(torch.as_tensor(value).detach()))]
         event = dict(kind="step", iter=runner.iter + 1, in_a_row=self.row, overflow=not wrapper.fault["loss"],
                      processes=all_gather_object(dict(terms=terms, gradients=wrapper.fault["gradients"], samples=names)))
         self._write(event)
