@@ -25,9 +25,13 @@ def two_key_gradient(difference: Tensor) -> Tensor:
     """
     return torch.sigmoid(difference) * torch.sigmoid(-difference)
 
-# %% ../nbs/00_sensitivity.ipynb #0da86ebc
+# %% ../nbs/00_sensitivity.ipynb #01be5564
+def _tensor(value):
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+
+
 def _checked_mass(mass):
-    mass = mass if isinstance(mass, Tensor) else torch.as_tensor(mass, dtype=torch.float64)
+    mass = _tensor(mass)
     if not bool(((mass >= 0) & (mass <= 1)).all()):
         raise ValueError(f'an attention mass lies in [0, 1], got values from {float(mass.min())} to {float(mass.max())}')
     return mass
@@ -46,12 +50,12 @@ def window_mass(mass: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: a mass is NaN or lies outside [0, 1].
     """
-    return torch.sigmoid(torch.as_tensor(bias) + torch.logit(_checked_mass(mass)))
+    return torch.sigmoid(_tensor(bias) + torch.logit(_checked_mass(mass)))
 
 
 def window_gradient(mass: Tensor, bias: Tensor) -> Tensor:
     """Derivative m'(1 - m') of the window's mass by its bias; arguments and errors as for `window_mass`."""
-    return two_key_gradient(torch.as_tensor(bias) + torch.logit(_checked_mass(mass)))
+    return two_key_gradient(_tensor(bias) + torch.logit(_checked_mass(mass)))
 
 
 def steepest_bias(mass: float) -> float:
@@ -89,7 +93,7 @@ def attention_entropy(scores: Tensor) -> Tensor:
     """
     return torch.special.entr(scores.softmax(-1)).sum(-1)
 
-# %% ../nbs/00_sensitivity.ipynb #4ce77d8f
+# %% ../nbs/00_sensitivity.ipynb #81b349a7
 def window_entropy(mass: Tensor, bias: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     """Entropy of attention whose window has a bias.
 
@@ -103,7 +107,7 @@ def window_entropy(mass: Tensor, bias: Tensor, inside: Tensor, outside: Tensor) 
         nats; its exponential is the effective number of keys.
     """
     after = window_mass(mass, bias)
-    return torch.special.entr(after) + torch.special.entr(1 - after) + after * torch.as_tensor(inside) + (1 - after) * torch.as_tensor(outside)
+    return torch.special.entr(after) + torch.special.entr(1 - after) + after * _tensor(inside) + (1 - after) * _tensor(outside)
 
 # %% ../nbs/00_sensitivity.ipynb #35f1caca
 def window_luck(keys: int, num_keys: int, spread: float) -> tuple[float, float]:
@@ -127,10 +131,10 @@ def window_luck(keys: int, num_keys: int, spread: float) -> tuple[float, float]:
     variance = math.log1p(math.expm1(spread**2) / keys)
     return keys / num_keys * math.exp(-variance / 2), math.sqrt(variance)
 
-# %% ../nbs/00_sensitivity.ipynb #4379cda7
+# %% ../nbs/00_sensitivity.ipynb #26d81e2b
 def attention_moved(mass: Tensor, scale: Tensor) -> Tensor:
     """Attention that a window gains from a weight of -1 to one of +1 at this scale, in [0, 1]; arguments as for `window_mass`."""
-    return window_mass(mass, scale) - window_mass(mass, -torch.as_tensor(scale))
+    return window_mass(mass, scale) - window_mass(mass, -_tensor(scale))
 
 
 def scale_for(moved: float, mass: float) -> float:
