@@ -40,7 +40,7 @@ def inward_clamp(value: Tensor, low: float, high: float) -> Tensor:
     """
     return _InwardClamp.apply(value, low, high)
 
-# %% ../nbs/02_scale.ipynb #1a757446
+# %% ../nbs/02_scale.ipynb #84c57367
 def smooth_bound(value: Tensor, low: float, high: float) -> Tensor:
     """Any number squeezed between two bounds by a sigmoid that has slope 1, and is the identity, in their middle.
 
@@ -62,11 +62,11 @@ def smooth_start(value: float, low: float, high: float) -> float:
         ValueError: the value is not strictly between the bounds; a bound itself is reached nowhere.
     """
     if not low < value < high:
-        raise ValueError(f"{value} is not strictly between {low} and {high}: scale_mode='smooth' only approaches its bounds, move the "
-                         "value inwards or take scale_mode='inward'")
+        raise ValueError(f"{value} is not strictly between {low} and {high}: scale_mode='smooth' only approaches its bounds, "
+                         "move the value inwards or take scale_mode='inward'")
     return (low + high) / 2 + (high - low) / 4 * math.log((value - low) / (high - value))
 
-# %% ../nbs/02_scale.ipynb #9530ea93
+# %% ../nbs/02_scale.ipynb #c1eb410c
 PRESETS = {
     'conservative': dict(bias_scale=2.5, min_scale=0.5, max_scale=5.0),
     'aggressive': dict(bias_scale=3.5, min_scale=1.0, max_scale=8.0),
@@ -81,7 +81,7 @@ def _choice(name, value, choices):
     return value
 
 
-def _scale_numbers(preset, **given):
+def _scale_numbers(preset, given):
     """Start and bounds of a scale: those of the preset where not given."""
     numbers = {**PRESETS[_choice('preset', preset, PRESETS)], **{k: v for k, v in given.items() if v is not None}}
     for name, value in numbers.items():
@@ -120,7 +120,8 @@ class BoundedScale(nn.Module):
     def __init__(self, preset='conservative', bias_scale=None, min_scale=None, max_scale=None, learnable_scale=True,
                  scale_mode='inward', scale_per='model', num_layers=None):
         super().__init__()
-        start, self.min_scale, self.max_scale = _scale_numbers(preset, bias_scale=bias_scale, min_scale=min_scale, max_scale=max_scale)
+        given = dict(bias_scale=bias_scale, min_scale=min_scale, max_scale=max_scale)
+        start, self.min_scale, self.max_scale = _scale_numbers(preset, given)
         self.scale_mode = _choice('scale_mode', scale_mode, tuple(_BOUNDED))
         self.scale_per = _choice('scale_per', scale_per, ('model', 'layer'))
         if scale_per == 'layer' and (isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1):

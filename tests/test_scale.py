@@ -64,7 +64,8 @@ def recipe(precision, device="cpu", lr=0.2):
     cfg = copy.deepcopy(load_config(CONFIG).optim_wrapper)
     cfg.optimizer.lr = lr
     if precision != "fp32":
-        cfg.update(type="MixedPrecisionWrapper", device=device, precision=precision, loss_scale="dynamic" if precision == "fp16" else 1.0)
+        loss_scale = "dynamic" if precision == "fp16" else 1.0
+        cfg.update(type="MixedPrecisionWrapper", device=device, precision=precision, loss_scale=loss_scale)
     return cfg
 
 
@@ -184,11 +185,12 @@ def test_inward_clamp_of_nan_and_infinity():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(min_scale=4.0, max_scale=1.0), "set the three together"), (dict(min_scale=0.0), "0 < min_scale"),
-    (dict(min_scale=-0.5), "0 < min_scale"), (dict(max_scale=-1.0), "0 < min_scale"), (dict(bias_scale=0.1), "min_scale <= bias_scale"),
+    (dict(min_scale=-0.5), "0 < min_scale"), (dict(max_scale=-1.0), "0 < min_scale"), (dict(bias_scale=0.1), "<= bias_scale"),
     (dict(bias_scale=6.0), "bias_scale <= max_scale"), (dict(bias_scale=math.nan), "nan"), (dict(max_scale=math.inf), "inf"),
     (dict(max_scale="8"), "max_scale='8': expected a number"), (dict(bias_scale=True), "expected a number"),
     (dict(preset="brave"), "preset='brave': choose one of 'conservative', 'aggressive', 'ultra_conservative'"),
-    (dict(preset=None), "preset=None"), (dict(preset=["aggressive"]), "choose one of"), (dict(scale_mode="soft"), "'inward', 'clamp', 'smooth'"),
+    (dict(preset=None), "preset=None"), (dict(preset=["aggressive"]), "choose one of"),
+    (dict(scale_mode="soft"), "'inward', 'clamp', 'smooth'"),
     (dict(scale_mode="smooth", bias_scale=0.5), "scale_mode='inward'"), (dict(scale_per="head"), "'model', 'layer'"),
     (dict(scale_per="layer"), "needs num_layers"), (dict(scale_per="layer", num_layers=0), "needs num_layers"),
     (dict(scale_per="layer", num_layers=6.0), "needs num_layers"), (dict(scale_per="layer", num_layers=True), "needs num_layers"),
@@ -283,7 +285,7 @@ def test_bias_of_900_queries_on_a_gpu(cuda, options):
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             made(weights, many)
     finally:
         torch.cuda.set_sync_debug_mode("default")
