@@ -67,7 +67,7 @@ class LocalBias:
             parts.append((bias * (profiles[0][..., :, None] * profiles[1][..., None, :])).flatten(2))
         return torch.cat(parts, -1)
 
-# %% ../nbs/02a_bias.ipynb #775dcc09
+# %% ../nbs/02a_bias.ipynb #c210de65
 _all_ = ['PRESETS']  # the generator's presets, from `cmtaqr.scale`
 BIAS_LIMIT = 5.0
 
@@ -82,7 +82,7 @@ def _positive_pair(value, name):
 def _check_weights(weights, scale, shown=5):
     """Name the queries whose weights are NaN or outside [-1, 1], and a scale that is NaN."""
     if scale.isnan().any():
-        raise ValueError(f'bias_scale is {scale.tolist()}: a step was taken with a NaN gradient; go back to an earlier checkpoint')
+        raise ValueError(f'bias_scale is {scale.tolist()}: a step with a NaN gradient was taken; load an earlier checkpoint')
     bad = (~(weights.abs() <= 1)).nonzero().tolist()
     if bad:
         named = ', '.join(f'sample {b} query {q} {("LiDAR", "camera")[m]} {float(weights[b, q, m]):g}' for b, q, m in bad[:shown])

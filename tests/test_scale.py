@@ -194,7 +194,8 @@ def test_inward_clamp_of_nan_and_infinity():
     (dict(scale_mode="smooth", bias_scale=0.5), "scale_mode='inward'"), (dict(scale_per="head"), "'model', 'layer'"),
     (dict(scale_per="layer"), "needs num_layers"), (dict(scale_per="layer", num_layers=0), "needs num_layers"),
     (dict(scale_per="layer", num_layers=6.0), "needs num_layers"), (dict(scale_per="layer", num_layers=True), "needs num_layers"),
-    (dict(window_size=0), "window size 0"), (dict(window_size=[8, -1]), "window size"), (dict(window_size=[8, 5, 3]), "window size"),
+    (dict(window_size=0), "window size 0"), (dict(window_size=[8, -1]), "window size"),
+    (dict(window_size=[8, 5, 3]), "window size"),
     (dict(use_gaussian_window=True, gaussian_sigma=-1.0), "gaussian_sigma")])
 def test_settings_that_make_no_sense(settings, words):
     with pytest.raises(ValueError) as error:

@@ -140,7 +140,7 @@ def custom_keys(cfg):
     """Keys of `optim_wrapper.paramwise_cfg.custom_keys` of a runner's config, or an empty list."""
     return list(((cfg.get("optim_wrapper") or {}).get("paramwise_cfg") or {}).get("custom_keys") or {})
 
-# %% ../../nbs/51_hooks.ipynb #4abc0d41
+# %% ../../nbs/51_hooks.ipynb #ef1a8e08
 def _number(value):
     return float(value.detach() if hasattr(value, "detach") else value)
 
@@ -160,7 +160,8 @@ def read_history(folder, filename="history.json"):
     Returns:
         Dictionary with `records` (list of flat dictionaries: `iter` counted from 1, `epoch`, loss terms, `lr/<group>`,
         `grad_norm`, `time` and `data_time` in seconds, `samples`, `bias_scale`, `bias_scale_grad`, of a scale per
-        layer also `bias_scale_layer0` and so on; a value that was not finite is None) and `bounds` (scale name to `[min_scale, max_scale]`).
+        layer also `bias_scale_layer0` and so on; a value that was not finite is None) and `bounds` (scale name to
+        `[min_scale, max_scale]`).
 
     Raises:
         FileNotFoundError: The folder holds no history.
