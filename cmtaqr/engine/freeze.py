@@ -21,7 +21,7 @@ from .parameters import ParameterError
 from .record import write_json
 from .small import SavedBytes, small_batch, small_model
 
-# %% ../../nbs/52a_freeze.ipynb #0be9f98e
+# %% ../../nbs/52a_freeze.ipynb #c9ee1482
 def verify(config, freeze=None, steps=2, seed=0):
     """Train a config's model for some steps on small random input, and look at every tensor.
 
@@ -41,7 +41,7 @@ def verify(config, freeze=None, steps=2, seed=0):
         ValueError: The config freezes a module that its model does not have.
     """
     if steps < 2:
-        raise ParameterError(f"steps={steps}: at least 2 are needed, in the first AQR's zero weights hold up what lies behind them")
+        raise ParameterError(f"steps={steps}: at least 2 are needed, AQR's weights of zero hold up what lies behind them in the first")
     cfg = load_config(config) if isinstance(config, str) else config
     torch.manual_seed(seed)
     init_default_scope("mmdet3d")
@@ -70,9 +70,10 @@ def verify(config, freeze=None, steps=2, seed=0):
                 saved_bytes={k or "elsewhere": v for k, v in kept.items()}, groups=group_table(rows), rows=rows,
                 problems=problems_of(model, wrapper.optimizer, before, {k: True for k in gradients}))
 
-# %% ../../nbs/52a_freeze.ipynb #1e5098ff
+# %% ../../nbs/52a_freeze.ipynb #6d837425
 def _line(row):
-    return f"{row['tensors']:5d} tensors {row['numbers']:11,d} numbers  lr {row['lr']:.3e}  decay {row['weight_decay']:.3g}  {row['group']}"
+    rates = f"lr {row['lr']:.3e}  decay {row['weight_decay']:.3g}"
+    return f"{row['tensors']:5d} tensors {row['numbers']:11,d} numbers  {rates}  {row['group']}"
 
 
 def _print_table(config, freeze):
@@ -105,15 +106,16 @@ def _print_verification(config, freeze, steps):
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.freeze verify|table --config NAME`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.freeze",
-                                     description="Learning-rate group of every parameter, and proof that what is frozen stands still.")
+    text = "Learning-rate group of every parameter, and proof that what is frozen stands still."
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.freeze", description=text)
     commands = parser.add_subparsers(dest="command", required=True)
-    texts = dict(verify="train the config's model for some steps on small random input and look at every tensor; exit 1 if one that "
-                        "is frozen moved, or another did not", table="print the group of every parameter")
+    texts = dict(verify="train the config's model for some steps on small random input and look at every tensor; exit 1 if one "
+                        "that is frozen moved, or another did not", table="print the group of every parameter")
     for name, text in texts.items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--config", required=True, help="name or path of a config")
-        sub.add_argument("--freeze", choices=["config", "true", "false"], default="config", help="what the run says; default: nothing")
+        sub.add_argument("--freeze", choices=["config", "true", "false"], default="config",
+                         help="what a run's parameter freeze says; config, the default: nothing")
         sub.add_argument("--json", metavar="FILE", help="write everything to this file too")
         if name == "verify":
             sub.add_argument("--steps", type=int, default=2, help="optimiser steps, at least 2 (default)")

@@ -22,7 +22,7 @@ from .record import command, git_commit, machine, versions, write_json
 from .stages import pinned
 from .trainer import VARIANT, Trainer, training_batches
 
-# %% ../../nbs/58a_train_speed.ipynb #9527d888
+# %% ../../nbs/58a_train_speed.ipynb #aec7f7da
 FULL = ["cmt_aqr_voxel0100_r50_800x320_cbgs", "cmt_aqr_voxel0075_vov_1600x640_cbgs"]
 
 
@@ -39,28 +39,29 @@ def rounds(configs, batches=(2, 4), compile=("image",)):
     """
     promised = [dict(VARIANT, model="cmt", frozen=False), dict(VARIANT, frozen=False), dict(VARIANT)]
     forms = [[dict(VARIANT, attention=form)] for form in ("dense", "unfused")]
-    options = [[dict(VARIANT, precision="fp32")], [dict(VARIANT, precision="fp16")], [dict(VARIANT, frozen=False, checkpointing=False)]]
+    options = [[dict(VARIANT, precision=p)] for p in ("fp32", "fp16")] + [[dict(VARIANT, frozen=False, checkpointing=False)]]
     first = [(c, b, v) for part in ([promised], forms) for c in configs for b in batches for v in part]
     return (first + [(c, batches[0], v) for c in configs for v in options]
             + [(c, batches[0], [dict(VARIANT, compile=list(compile))]) for c in configs if compile])
 
-# %% ../../nbs/58a_train_speed.ipynb #95359ad9
+# %% ../../nbs/58a_train_speed.ipynb #835a8ae5
 def _warm_up(trainer, batches, steps):
     """Memory in MiB: allocated at the peak of a step, static and reserved, all of this model alone; None on a CPU."""
-    if trainer.device.type != "cuda":
-        for i in range(steps):
-            trainer.step(batches[i % len(batches)])
-        return None
-    gc.collect()
-    torch.cuda.empty_cache()
-    static, peak, reserved = trainer.static_bytes(), 0, torch.cuda.memory_reserved()
-    for i in range(steps):
-        before = torch.cuda.memory_allocated() - trainer.static_bytes()  # what the other models hold
-        torch.cuda.reset_peak_memory_stats()
-        trainer.step(batches[i % len(batches)])
-        peak = max(peak, torch.cuda.max_memory_allocated() - before)
-    reserved = torch.cuda.max_memory_reserved() - reserved + static
-    return {k: round(v / 2**20, 1) for k, v in dict(peak=peak, static=trainer.static_bytes(), reserved=reserved).items()}
+    cuda, done, peak, reserved = trainer.device.type == "cuda", 0, 0, 0
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+    while done - getattr(trainer.wrapper, "skipped", 0) < steps and done < steps + 25:  # fp16 looks for its loss scale first
+        if cuda:
+            others = torch.cuda.memory_allocated() - trainer.static_bytes()
+            torch.cuda.reset_peak_memory_stats()
+        trainer.step(batches[done % len(batches)])
+        done += 1
+        if cuda:
+            peak = max(peak, torch.cuda.max_memory_allocated() - others)
+            reserved = max(reserved, torch.cuda.max_memory_reserved() - others)
+    found = dict(peak=peak, static=trainer.static_bytes(), reserved=reserved)
+    return {k: round(v / 2**20, 1) for k, v in found.items()} if cuda else None
 
 
 def _outcome(error):
@@ -84,7 +85,7 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
 
     Returns:
         list[dict]: Per variant config, batch, its options, and either step_ms (median, p10, p90), samples_per_second, memory_mib
-        (peak, static, reserved) and counts of weights and queries, or out_of_memory and error.
+        (peak, static, reserved), skipped_steps (fp16, warm-up included) and counts of weights and queries, or out_of_memory and error.
     """
     trainers, rows, times = {}, [], {}
     for i, variant in enumerate(variants):
@@ -93,7 +94,8 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
         try:
             begun = time.perf_counter()
             trainer = Trainer(config, variant, _first(batches[0]), device, boxes)
-            row.update(trainer.facts(), memory_mib=_warm_up(trainer, batches, warmup), warmup_s=round(time.perf_counter() - begun, 1))
+            row.update(trainer.facts(), memory_mib=_warm_up(trainer, batches, warmup))
+            row["warmup_s"] = round(time.perf_counter() - begun, 1)
             trainers[i], times[i] = trainer, []
         except Exception as error:  # one variant that does not run leaves the others their measurement
             row.update(_outcome(error))
@@ -105,6 +107,7 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
         low, middle, high = np.percentile(spent, [10, 50, 90])
         rows[i]["step_ms"] = dict(median=round(middle, 2), p10=round(low, 2), p90=round(high, 2))
         rows[i]["samples_per_second"] = round(1e3 * batch / middle, 3)
+        rows[i]["skipped_steps"] = getattr(trainers[i].wrapper, "skipped", 0)
     trainers.clear()
     gc.collect()
     return rows
@@ -114,7 +117,7 @@ def _first(batch):
     """The first frame of a batch, as a batch."""
     return dict(inputs={k: v[:1] for k, v in batch["inputs"].items()}, data_samples=batch["data_samples"][:1])
 
-# %% ../../nbs/58a_train_speed.ipynb #ac59eba9
+# %% ../../nbs/58a_train_speed.ipynb #bccdaff5
 def _key(row):
     return json.dumps([row[k] for k in ("config", "batch", *VARIANT)])
 
@@ -124,7 +127,8 @@ def summary(records):
 
     Returns:
         dict: per 'config batch N': aqr_over_cmt (samples per second, all trained), frozen_over_full (the same for freezing AQR),
-        frozen_memory_saved (share of the peak), dense_memory and unfused_memory (peak over that of the windows, or 'out of memory').
+        frozen_memory_saved (share of the peak), dense_memory and unfused_memory (peak over that of the windows, or
+        'out of memory').
     """
     rows, found = {_key(r): r for r in records}, {}
     for row in records:
@@ -147,7 +151,8 @@ def summary(records):
     return {k: v for k, v in found.items() if v}
 
 
-def measure(file, configs=FULL, batches=(2, 4), compile=("image",), steps=10, warmup=3, turns=10, boxes=40, device="auto", limit=None):
+def measure(file, configs=FULL, batches=(2, 4), compile=("image",), steps=10, warmup=3, turns=10, boxes=40, device="auto",
+            limit=None):
     """Measure all rounds, and write the file after each.
 
     Args:
@@ -209,13 +214,13 @@ def describe(row):
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.train_speed --json FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.train_speed",
-                                     description="Measure time and memory of training steps, AQR against CMT and option by option.",
+    text = "Measure time and memory of training steps, AQR against CMT and option by option."
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.train_speed", description=text,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", required=True, help="file to write; one of the same commit and machine is continued")
     parser.add_argument("--configs", nargs="+", default=FULL, help="names or paths of AQR configs")
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 4], help="samples per step")
-    parser.add_argument("--compile", nargs="*", default=["image"], help="parts for torch.compile in the last rounds; none leaves them out")
+    parser.add_argument("--compile", nargs="*", default=["image"], help="parts for torch.compile in the last rounds, or none")
     for name, default, text in (("steps", 10, "steps measured per variant"), ("warmup", 3, "steps before"),
                                 ("turns", 10, "LiDAR turns per frame"), ("boxes", 40, "boxes per frame")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
@@ -234,7 +239,7 @@ def main(arguments=None):
         print(f"{name} failed: {error}", file=sys.stderr)
     return 1 if result["failed"] else 0
 
-# %% ../../nbs/58a_train_speed.ipynb #c83b5d55
+# %% ../../nbs/58a_train_speed.ipynb #997e4c0a
 def plot_training(result):
     """Samples per second and peak memory of every variant, a column of panels per config and batch size.
 
@@ -249,7 +254,8 @@ def plot_training(result):
     import seaborn as sns
 
     sns.set_theme(style="whitegrid")
-    rows = [dict(panel=f"{r['config'].replace('_cbgs', '')}, batch {r['batch']}", variant=describe(r).split(", ", 1)[1].split(":")[0],
+    rows = [dict(panel=f"{r['config'].replace('_cbgs', '')}, batch {r['batch']}",
+                 variant=describe(r).split(", ", 1)[1].split(":")[0],
                  speed=r["samples_per_second"], memory=(r["memory_mib"] or {}).get("peak", 0) / 1024)
             for r in result["records"] if "step_ms" in r]
     panels = dict.fromkeys(r["panel"] for r in rows)

@@ -55,7 +55,7 @@ def training_batches(cfg, batch, count=2, turns=10, boxes=40):
         made.append(dict(inputs=inputs, data_samples=[f["data_samples"][0] for f in frames]))
     return made
 
-# %% ../../nbs/57a_trainer.ipynb #2d61a209
+# %% ../../nbs/57a_trainer.ipynb #b780e14c
 VARIANT = dict(model="aqr", frozen=True, precision="bf16", checkpointing=True, attention="windows", compile=[])
 
 
@@ -136,8 +136,9 @@ class Trainer:
 
     def facts(self):
         """Counts of weights."""
-        numbers = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return dict(parameters=sum(n for n, _ in numbers), trainable=sum(n for n, learns in numbers if learns), queries=self.queries)
+        parameters = list(self.model.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return dict(parameters=sum(p.numel() for p in parameters), trainable=trainable, queries=self.queries)
 
 
 def wait(device):
