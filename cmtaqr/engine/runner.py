@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'MixedPrecisionWrapper', 'safe_settings', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #72e2f76e
+# %% ../../nbs/52_runner.ipynb #8a0e0bb5
 import contextlib
 import copy
 import itertools
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
@@ -33,7 +35,7 @@ from .safe_files import verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
 from .state import ResumeError, SafeCheckpointHook, StateHook
 
-# %% ../../nbs/52_runner.ipynb #d797a964
+# %% ../../nbs/52_runner.ipynb #bfa4de69
 _runs = itertools.count()
 
 
@@ -46,7 +48,7 @@ class FileLogRunner(Runner):
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.WARNING)
-                handler.addFilter(lambda record: "deprecated" not in record.getMessage())
+                handler.addFilter(lambda record: not re.search("deprecated|Advance dataloader", record.getMessage()))
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
@@ -55,6 +57,8 @@ class FileLogRunner(Runner):
         if self.cfg.get("compiled_parts"):
             from cmtaqr.detector.inference import compile_parts
             compile_parts(model, self.cfg.compiled_parts)
+        if self.distributed and torch.device(self.cfg.get("device", "cpu")).type == "cpu":
+            return MMDistributedDataParallel(module=model, broadcast_buffers=False)  # mmengine would name a GPU
         model = super().wrap_model(model_wrapper_cfg, model)
         return model if self.distributed else model.to(self.cfg.get("device", "cpu"))
 
