@@ -124,7 +124,7 @@ def draw(analysis):
             yield figures.save(figure, analysis.folder, name)
             plt.close(figure)
 
-# %% ../../nbs/54c_analyze.ipynb #54c80ba9
+# %% ../../nbs/54c_analyze.ipynb #f2fdf22f
 def load_detector(params):
     """The detector of a checkpoint with AQR.
 
@@ -160,7 +160,8 @@ def _kept(path, detector, token, root):
 
 def _frames_folder(folder, detector, root):
     file = detector.checkpoint.stat()
-    stamp = repr([str(detector.checkpoint), file.st_size, file.st_mtime_ns, detector.cfg.model.to_dict(), str(root.absolute())])
+    stamp = repr([str(detector.checkpoint), file.st_size, file.st_mtime_ns, detector.cfg.model.to_dict(), str(root.absolute()),
+                  versions()["cmtaqr"]])
     return folder / "frames" / hashlib.sha256(stamp.encode()).hexdigest()[:12]
 
 
