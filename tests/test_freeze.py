@@ -20,6 +20,9 @@ from cmtaqr.engine.groups import group_table, parameter_table  # noqa: E402
 from cmtaqr.engine.parameters import TrainParameters  # noqa: E402
 from cmtaqr.engine.runner import build_runner, train  # noqa: E402
 from cmtaqr.engine.small import SavedBytes, small_batch, small_model  # noqa: E402
+from cmtaqr.engine.stages import pinned  # noqa: E402
+from cmtaqr.engine.train_speed import measure_round  # noqa: E402
+from cmtaqr.engine.trainer import VARIANT, training_batches  # noqa: E402
 from mmdet3d.registry import MODELS  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
@@ -231,6 +234,17 @@ def test_unknown_modules_are_refused():
         freeze_modules(model, ["img_backbon"])
     with pytest.raises(ValueError, match="steps=1"):
         FreezeHook(steps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [R50, VOV])
+def test_freezing_saves_memory_of_a_step_at_full_size_on_the_gpu(cuda, record_property, name):
+    batches = [pinned(b) for b in training_batches(load_config(name), 1, 1)]
+    rows = measure_round(name, 1, [dict(VARIANT, frozen=False), dict(VARIANT)], batches, cuda, steps=2, warmup=2)
+    full, frozen = (row["memory_mib"] for row in rows)
+    record_property("peak_memory_mib", [full["peak"], frozen["peak"]])
+    assert frozen["peak"] < 0.7 * full["peak"] and frozen["static"] < full["static"]
+    assert all(row["memory_mib"]["reserved"] >= row["memory_mib"]["peak"] for row in rows)
 
 
 # Several processes
