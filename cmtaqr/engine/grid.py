@@ -122,7 +122,7 @@ def grid(axes, base, product=False):
         raise ParameterError(f"two points would share the folder {twice[0]}: rename the file that differs")
     return sorted(found.values(), key=lambda point: bool(point.changed))
 
-# %% ../../nbs/56d_grid.ipynb #cc826aff
+# %% ../../nbs/56d_grid.ipynb #83d47a5b
 @dataclass(frozen=True)
 class SweepParameters(Parameters):
     """Parameters of `nbs/sweep.ipynb`; build it with `check` or `from_notebook`, which verify every value."""
@@ -140,12 +140,15 @@ class SweepParameters(Parameters):
     device: str = option("auto", "auto, cpu or cuda", pattern="auto|cpu|cuda")
     workers: int | None = option(None, "runs at a time; None: one for each GPU, or for each core", low=1)
     notebooks: str | None = option(None, "folder of train.ipynb and eval.ipynb; None: the repository's")
+    plain: bool = option(False, "runs as `python -m cmtaqr.engine.train` and `eval`: no notebooks, no figures, no papermill")
 
     def _check_together(self):
         if len(set(self.seeds or [0])) < len(self.seeds or [0]):
             raise ParameterError(f"seeds={self.seeds!r} has one twice")
         if self.world is not None and self.data_root != "synthetic":
             raise ParameterError(f"world given, but data_root={self.data_root!r}: set data_root='synthetic', or leave world out")
+        if self.plain and self.notebooks:
+            raise ParameterError(f"notebooks={self.notebooks!r} given, but plain=True runs none: leave one of them out")
         if both := {"config", "max_iters", "device"} & (self.base or {}).keys():
             raise ParameterError(f"{', '.join(sorted(both))} given in base: give it to the sweep itself")
         self.points()

@@ -55,7 +55,7 @@ def _environment(slot, workers):
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": slot[1] or ""}
 
-# %% ../../nbs/56f_runs.ipynb #ed5693aa
+# %% ../../nbs/56f_runs.ipynb #66b737a8
 def now():
     """Time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -67,9 +67,15 @@ def _end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _papermill(notebook, output, values):
-    """Command that executes a notebook with the parameters in a JSON file."""
-    return [sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(values), "--log-output", "--no-progress-bar"]
+def _command(stage, notebooks, folder):
+    """Command of a stage with the parameters in `parameters.json` of its folder; without notebooks, the package's own."""
+    file = folder / "parameters.json"
+    if notebooks:
+        return [sys.executable, "-m", "papermill", str(notebooks / f"{stage}.ipynb"), str(folder / f"{stage}.ipynb"), "-f", str(file),
+                "--log-output", "--no-progress-bar"]
+    values = json.loads(file.read_text())
+    config = values.pop("config", TrainParameters.config)
+    return [sys.executable, "-m", f"cmtaqr.engine.{stage}", config, *(f"{n}={json.dumps(v)}" for n, v in values.items() if v is not None)]
 
 
 class Run:
@@ -80,14 +86,14 @@ class Run:
         seed: Of the run.
         folder: Folder of the sweep.
         shared: What all runs have: train parameters like `data_root` and `device`.
-        notebooks: Folder of `train.ipynb` and `eval.ipynb`.
+        notebooks: Folder of `train.ipynb` and `eval.ipynb`; None runs `python -m cmtaqr.engine.train` and `eval`.
     """
 
     STAGES = ("train", "eval")
     _SHARE = dict(train=0.9, eval=0.1)  # of the run's time, for the progress bar
 
     def __init__(self, point, seed, folder, shared, notebooks):
-        self.point, self.seed, self.shared, self.notebooks = point, seed, shared, Path(notebooks)
+        self.point, self.seed, self.shared, self.notebooks = point, seed, shared, notebooks and Path(notebooks)
         self.folder = Path(folder).absolute() / point.name / f"seed={seed}"
         self.status, self.process = dict(done=[], attempts=0), None
         with contextlib.suppress(OSError, ValueError):
@@ -119,8 +125,8 @@ class Run:
         stage = self.stage
         folder = self.folder / stage
         folder.mkdir(parents=True, exist_ok=True)
-        values = write_json(folder / "parameters.json", self.values(stage))
-        call = _papermill(self.notebooks / f"{stage}.ipynb", folder / f"{stage}.ipynb", values)
+        write_json(folder / "parameters.json", self.values(stage))
+        call = _command(stage, self.notebooks, folder)
         with open(self.folder / f"{stage}.log", "wb") as log:
             self.process = subprocess.Popen(
                 call, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_environment(slot, workers),

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WORLD', 'shared_data', 'prepare', 'sweep', 'write_sweep', 'SweepError', 'unfinished', 'check_finished', 'main']
 
-# %% ../../nbs/56g_sweep.ipynb #d4b853fa
+# %% ../../nbs/56g_sweep.ipynb #8917b8a7
 import argparse
 import json
 import re
 import signal
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from .ablation import collect, plot_sweep, read_run, readable, summary
@@ -22,7 +23,7 @@ from .parameters import ParameterError, TrainParameters, nearest, package_root
 from .record import command, git_commit, machine, versions, write_json
 from .runs import Run, execute, folder_lock, now, slots
 
-# %% ../../nbs/56g_sweep.ipynb #15903bb1
+# %% ../../nbs/56g_sweep.ipynb #b6b970cc
 WORLD = dict(keyframes=40, sweeps=0, image_size=[400, 225], radius=25.0, lidar_range=40.0, annotation_range=30.0, seed=0)
 
 
@@ -60,9 +61,11 @@ def prepare(params, folder):
     Raises:
         ParameterError, FileNotFoundError: A run's config, its data or a notebook is refused or missing.
     """
-    notebooks = Path(params.notebooks or package_root() / "nbs").expanduser().absolute()
-    if missing := [stage for stage in Run.STAGES if not (notebooks / f"{stage}.ipynb").is_file()]:
-        raise FileNotFoundError(f"no notebook {notebooks / missing[0]}.ipynb: set notebooks to the nbs folder of the repository")
+    notebooks = None if params.plain else Path(params.notebooks or package_root() / "nbs").expanduser().absolute()
+    if notebooks and (missing := [stage for stage in Run.STAGES if not (notebooks / f"{stage}.ipynb").is_file()]):
+        raise FileNotFoundError(f"no notebook {notebooks / missing[0]}.ipynb: set notebooks to the nbs folder of the repository, or plain")
+    if notebooks and not find_spec("papermill"):
+        raise ParameterError('papermill is not installed: pip install "cmtaqr[dev]", or set plain, which needs no notebooks')
     shared = dict(data_root=shared_data(params, folder), device=params.device)
     runs = [Run(point, seed, folder, shared, notebooks) for point in params.points() for seed in params.seeds or [0, 1, 2]]
     for run in runs:
@@ -142,7 +145,7 @@ def check_finished(result):
         number = sum(run["state"] != "finished" for run in result["runs"])
         raise SweepError(f"{number} of {len(result['runs'])} runs are not finished; the same call goes on with them\n{text}")
 
-# %% ../../nbs/56g_sweep.ipynb #e76d7562
+# %% ../../nbs/56g_sweep.ipynb #0ec3e465
 def _value(text):
     """A value from a command line: JSON, Python's True, False and None, or a string."""
     named = {"True": True, "False": False, "None": None}
@@ -172,7 +175,8 @@ def _parser():
     parser.add_argument("--product", action="store_true", help="all combinations instead of one axis at a time")
     parser.add_argument("--seeds", type=int, nargs="+", help="each point is run with each (0 1 2)")
     parser.add_argument("--world", action="append", metavar="NAME=VALUE", help="option of the synthetic world; may be repeated")
-    parser.add_argument("--plan", action="store_true", help="only list the runs and their state")
+    parser.add_argument("--list", action="store_true", help="only list the runs and their state")
+    parser.add_argument("--plain", action="store_true", help="run `python -m cmtaqr.engine.train` and `eval` instead of notebooks")
     for field in fields(SweepParameters):
         if field.name in ("config", "max_iters", "data_root", "device", "workers", "notebooks"):
             kind = int if field.name in ("max_iters", "workers") else str
@@ -183,7 +187,7 @@ def _parser():
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.sweep WORK_DIR ...`; returns the exit status."""
     options = vars(_parser().parse_args(arguments))
-    plan, axes = options.pop("plan"), options.pop("axis")
+    only_list, axes = options.pop("list"), options.pop("axis")
     try:
         options["base"] = _pairs(options["base"], "--base") or None
         options["world"] = _pairs(options["world"], "--world") or None
@@ -191,7 +195,7 @@ def main(arguments=None):
         usual = check_axes([name for name, values in named.items() if not values] or None)
         given = {name: [_value(v) for v in re.split(r",(?![^\[]*\])", values)] for name, values in named.items() if values}
         params = SweepParameters.check({**options, "axes": {n: given.get(n) or usual[n] for n in named} if named else None})
-        if plan:
+        if only_list:
             for point in params.points():
                 for seed in params.seeds or [0, 1, 2]:
                     name = f"{point.name}/seed={seed}"
