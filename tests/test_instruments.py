@@ -21,12 +21,14 @@ from instrument_cases import Head, batch, record, runner_for  # noqa: E402
 
 TINY = Path(cmtaqr.__file__).parent / "configs" / "cmt_aqr_tiny.py"
 MAPS = "renderer=dict(type='WeightRenderer'), modulator=dict(type='FeatureModulator')"
-VERSIONS = {
-    "version 3, fp32": ("dict()", "fp32", [1]),
-    "version 3, bf16": ("dict()", "bf16", [1]),
-    "version 3, a scale per layer": ("dict(bias=dict(scale_per='layer', scale_mode='smooth'))", "fp32", [1, 2]),
-    "version 2": (f"dict(version=2, {MAPS})", "fp32", []),
-    "version 1": (f"dict(version=1, {MAPS})", "bf16", []),
+NO_LIDAR = "pts_voxel_encoder=None, pts_middle_encoder=None, pts_backbone=None, pts_neck=None, "
+VERSIONS = {  # aqr of the head, other parts of the model, precision, number of scales
+    "version 3, fp32": ("", "", "fp32", 1),
+    "version 3, bf16": ("", "", "bf16", 1),
+    "version 3, a scale per layer": ("bias=dict(scale_per='layer', scale_mode='smooth')", "", "fp32", 2),
+    "version 2": (f"version=2, {MAPS}", "", "fp32", 0),
+    "version 1": (f"version=1, {MAPS}", "", "bf16", 0),
+    "cameras alone": ("", NO_LIDAR, "fp32", 1),
 }
 
 
@@ -57,9 +59,11 @@ def steps(config, precision, data, folder=None, count=3):
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_recording_changes_no_bit_of_the_training(name, data, tmp_path, capsys):
-    aqr, precision, scales = VERSIONS[name]
-    config = tmp_path / "config.py"
-    config.write_text(f"_base_ = [r'{TINY}']\nmodel = dict(pts_bbox_head=dict(num_query=100, aqr={aqr}))\n")
+    aqr, parts, precision, scales = VERSIONS[name]
+    config, head = tmp_path / "config.py", f"num_query=100, aqr=dict({aqr})" + (", in_channels=None" if parts else "")
+    config.write_text(f"_base_ = [r'{TINY}']\nmodel = dict({parts}pts_bbox_head=dict({head}))\n")
+    if parts:
+        data = dict(data, inputs=dict(img=data["inputs"]["img"]))
     alone, weights = steps(config, precision, data)
     capsys.readouterr()
     watched, after = steps(config, precision, data, tmp_path)
@@ -72,16 +76,17 @@ def test_recording_changes_no_bit_of_the_training(name, data, tmp_path, capsys):
     assert [r["iter"] for r in found["records"]] == [1, 3]
     first, last = found["records"]
     assert sum(first["weights"]["lidar"]["histogram"]) == first["weights"]["lidar"]["number"] == 100, "no denoising query"
-    assert first["weights"]["lidar"]["std"] > 0 and abs(sum(first["prefer"].values()) - 1) < 1e-9
-    assert len(first["scale"]) == len(first["bias"]) == (scales[-1] if scales else 0)
+    assert first["weights"]["camera"]["std"] > 0 and abs(sum(first["prefer"].values()) - 1) < 1e-9
+    assert first["seen"]["lidar"] == first["bias"][0]["lidar"]["number"] == 0 if parts else first["seen"]["lidar"] > 0.9
+    assert len(first["scale"]) == len(first["bias"]) == scales
     if not scales:
         assert found["limit"] is None and first["scale_grad"] is None and set(first["attention"]) == {"entropy", "lidar_share"}
         return
-    assert found["limit"] == 5.0 and found["bounds"] == [1.0, 8.0] and first["scale"] == pytest.approx([5.0] * scales[-1])
-    assert all(g != 0 for g in first["scale_grad"]) and len(first["scale_grad"]) == scales[-1]
+    assert found["limit"] == 5.0 and found["bounds"] == [1.0, 8.0] and first["scale"] == pytest.approx([5.0] * scales)
+    assert all(g != 0 for g in first["scale_grad"]) and len(first["scale_grad"]) == scales
     seen = first["attention"]
     assert seen["entropy_change"] == pytest.approx(seen["entropy"] - seen["entropy_without"]) and seen["entropy_change"] != 0
-    assert last["weights"]["lidar"]["mean"] != first["weights"]["lidar"]["mean"], "the second record sees trained weights"
+    assert last["weights"]["camera"]["mean"] != first["weights"]["camera"]["mean"], "the second record sees trained weights"
 
 
 def test_plain_cmt_is_left_alone_and_told_once(tmp_path, caplog):
