@@ -232,8 +232,9 @@ def test_unknown_modules_are_refused():
     _, model = small([])
     with pytest.raises(ValueError, match="no module 'img_backbon'; choose of .*img_backbone"):
         freeze_modules(model, ["img_backbon"])
-    with pytest.raises(ValueError, match="steps=1"):
-        FreezeHook(steps=1)
+    for wrong in (dict(steps=1), dict(steps=9, patience=5)):
+        with pytest.raises(ValueError, match=f"steps={wrong['steps']}, patience="):
+            FreezeHook(**wrong)
 
 
 @pytest.mark.gpu
@@ -348,8 +349,21 @@ def test_a_run_in_which_something_does_not_learn_stops(toy):
     def stop(runner):
         nn.init.zeros_(runner.model.line.bias)  # weight decay does not move it either
         runner.model.line.bias.register_hook(torch.zeros_like)
-    with pytest.raises(RuntimeError, match="after 2 optimiser steps: line.bias shall learn, but has not moved"):
-        run(toy, stop, max_iters=3)
+    with pytest.raises(RuntimeError, match="after 20 optimiser steps: line.bias shall learn, but has not moved"):
+        run(toy, stop, max_iters=25)
+
+
+def test_what_begins_to_learn_late_has_time(toy):
+    def hold(runner):
+        nn.init.zeros_(runner.model.line.bias)
+        runner.model.line.bias.register_hook(lambda g: g * (runner.iter >= 4))
+    _, moved = run(toy, hold, max_iters=8)
+    assert "line.bias" in moved and "freezing verified after 5 optimiser steps" in log_of(toy)
+
+
+def test_evaluation_mode_survives_the_epochs(toy):
+    runner, moved = run(toy, max_iters=None, epochs=2)
+    assert runner.epoch == 2 and moved == {"line.weight", "line.bias"} and not runner.model.encoder[1].training
 
 
 def test_resume_goes_on_with_the_same_choice(toy):

@@ -94,8 +94,8 @@ def fingerprints(model):
     """Fingerprint of every parameter and buffer of a model, by name."""
     return {name: _fingerprint(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
 
-# %% ../../nbs/51h_frozen.ipynb #f8586b6b
-def problems_of(model, optimiser, before, gradients=None):
+# %% ../../nbs/51h_frozen.ipynb #3f15b1d2
+def problems_of(model, optimiser, before, gradients=None, learning=True):
     """What is not as freezing promises.
 
     Args:
@@ -103,6 +103,7 @@ def problems_of(model, optimiser, before, gradients=None):
         optimiser (Optimizer): That made them.
         before (dict): `fingerprints` from before them.
         gradients (dict | None): Name to whether a gradient has been seen; None where that is not known.
+        learning (bool): Look also for what should have moved and has not.
 
     Returns:
         list[str]: One sentence each; empty where all is well.
@@ -120,35 +121,37 @@ def problems_of(model, optimiser, before, gradients=None):
             found.append(f"{name} asks for no gradient, but has a place in the optimiser")
         if frozen and moved[name]:
             found.append(f"{name} is frozen, but has moved")
-        if not frozen and parameter.requires_grad and gradients is not None and not gradients.get(name):
+        learns = learning and not frozen and parameter.requires_grad
+        if learns and gradients is not None and not gradients.get(name):
             found.append(f"{name} shall learn, but got no gradient")
-        elif not frozen and parameter.requires_grad and not moved[name]:
+        elif learns and not moved[name]:
             found.append(f"{name} shall learn, but has not moved: is its learning rate zero, or its gradient?")
     for name, _ in model.named_buffers():
         owner, _, last = name.rpartition(".")
         if name.startswith(parts) and moved[name]:
             found.append(f"{name} is frozen, but has moved")
-        elif last.startswith("running_") and modes.get(owner) and not moved[name]:
+        elif learning and last.startswith("running_") and modes.get(owner) and not moved[name]:
             found.append(f"{name} shall follow its batches, but has not moved")
     return found + [f"{name} is frozen, but in training mode" for name in modes if f"{name}.".startswith(parts) and modes[name]]
 
-# %% ../../nbs/51h_frozen.ipynb #e99c95c6
+# %% ../../nbs/51h_frozen.ipynb #8173d5e2
 @HOOKS.register_module(force=True)
 class FreezeHook(Hook):
     """Freeze what the config's `frozen` names, verify it in the first steps, and refuse to resume with another choice.
 
     Args:
         steps (int): Optimiser steps after which every tensor is looked at, at least 2; 0 does not look.
+        patience (int): Steps after which everything that shall learn must have moved.
 
     Raises:
         RuntimeError: A frozen tensor moved or a trainable one did not; several processes and a model that was wrapped too early;
             a checkpoint to resume from that was made with other parts frozen.
     """
 
-    def __init__(self, steps=2):
-        if steps not in (0, *range(2, 1000)):
-            raise ValueError(f"FreezeHook steps={steps!r}: at least 2, or 0 to look at nothing")
-        self.steps, self.taken, self._before = steps, 0, None
+    def __init__(self, steps=2, patience=20):
+        if not (steps == 0 or 2 <= steps <= patience):
+            raise ValueError(f"FreezeHook steps={steps!r}, patience={patience!r}: 2 <= steps <= patience, or steps=0 to look at none")
+        self.steps, self.patience, self.taken, self._before = steps, patience, 0, None
 
     def before_train(self, runner):
         """Freeze, and note how everything is."""
@@ -168,12 +171,17 @@ class FreezeHook(Hook):
         self.taken += 1
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Compare once, after the first optimiser steps."""
+        """Compare after the first optimiser steps, until all is well or patience ends."""
         if self._before is None or self.taken < self.steps:
             return
+        inspected = self._model, runner.optim_wrapper.optimizer, self._before
+        found = problems_of(*inspected)
+        if found and self.taken < self.patience:
+            found = problems_of(*inspected, learning=False)
+            if not found:
+                return
         self._handle.remove()
-        before, self._before = self._before, None
-        found = problems_of(self._model, runner.optim_wrapper.optimizer, before)
+        self._before = None
         if found:
             more = f" and {len(found) - 10} more" if len(found) > 10 else ""
             raise RuntimeError(f"after {self.taken} optimiser steps: " + "; ".join(found[:10]) + more)
