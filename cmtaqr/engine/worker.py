@@ -59,7 +59,7 @@ def run_record_of(work_dir):
     """Parameters, versions, commit, machine and start of a run, from its `run.json`."""
     return json.loads(Path(work_dir, "run.json").read_text())
 
-# %% ../../nbs/56h_worker.ipynb #ad9ba549
+# %% ../../nbs/56h_worker.ipynb #c8be92e1
 def join(device, minutes=30):
     """Join the other processes.
 
@@ -89,7 +89,9 @@ def _train(runner):
 
 def _evaluate(runner, cfg, params):
     if params.untrained:
-        runner.model.init_weights()
+        runner.model.module.init_weights()
+        for tensor in runner.model.module.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
     evaluation, speed = evaluate(runner, cfg.precision)
     return dict(evaluation.asdict(), speed=speed, peak_memory_mib=peak_memory(), checkpoint=cfg.load_from)
 

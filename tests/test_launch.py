@@ -1,0 +1,153 @@
+"""Runs of several processes on a CPU: the numbers of one process, a crash, an interrupt, refusals, and one real detector."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
+
+import cmtaqr  # noqa: E402
+import toy_engine  # noqa: E402
+from cmtaqr.engine.hooks import read_history  # noqa: E402
+from cmtaqr.engine.train import main as train_main  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CRASH = """
+import os, time
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module(force=True)
+class Crash(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if os.environ.get("RANK") == "1" and runner.iter == 3:
+            raise OSError("the disk of rank 1 is gone")
+
+@HOOKS.register_module(force=True)
+class Slow(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        time.sleep(0.2)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A toy config and its data; the rest of a command line of a training on the CPU."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.pkl").touch()
+    (tmp_path / "extra_hooks.py").write_text(CRASH)
+    text = toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_")
+    (tmp_path / "toy.py").write_text(text)
+    for name in ("Crash", "Slow"):
+        hooks = f'custom_hooks = [dict(type="HistoryHook"), dict(type="{name}")]\n'
+        imports = 'custom_imports = dict(imports=["cmtaqr.engine", "toy_engine", "extra_hooks"], allow_failed_imports=False)\n'
+        (tmp_path / f"{name.lower()}.py").write_text(text + imports + hooks)
+    return tmp_path
+
+
+def command(folder, config, work_dir, *words):
+    """The typed command and its environment."""
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tests")])
+    call = [sys.executable, "-m", "cmtaqr.engine.train", str(folder / f"{config}.py"), f"data_root={folder / 'data'}",
+            f"work_dir={work_dir}", "device=cpu", *map(str, words)]
+    return dict(args=call, env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1"), text=True)
+
+
+def run(*arguments):
+    return subprocess.run(**command(*arguments), capture_output=True)
+
+
+def weights(checkpoint):
+    return torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+
+
+def test_two_processes_take_the_steps_of_one(toy):
+    alone = run(toy, "toy", toy / "alone", "max_iters=8", "batch_size=4")
+    both = run(toy, "toy", toy / "both", "max_iters=8", "batch_size=2", "--nproc", "2")
+    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
+    one, two = (weights(toy / name / "iter_8.pth") for name in ("alone", "both"))
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    result = json.loads((toy / "both" / "result.json").read_text())
+    assert result["training"]["processes"] == 2 and result["training"]["samples"] == 32
+    assert json.loads((toy / "both" / "status.json").read_text())["step"] == 8
+    tables = json.loads((toy / "both" / "tables.json").read_text())
+    assert tables["model"][-1]["part"] == "total" and {g["group"] for g in tables["groups"]} >= {"base"}
+    assert len(list((toy / "both" / "ranks").rglob("stderr.log"))) == 2
+
+
+def test_a_crash_in_one_rank_ends_all_and_shows_its_traceback(toy):
+    begun = time.perf_counter()
+    done = run(toy, "crash", toy / "crash", "max_iters=8", "--nproc", "2")
+    assert done.returncode == 1 and "rank 1 failed" in done.stderr
+    assert "the disk of rank 1 is gone" in done.stderr and "extra_hooks.py" in done.stderr
+    assert time.perf_counter() - begun < 120  # not the half hour of a collective operation's patience
+
+
+def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
+    words = "max_iters=16", "--nproc", "2"
+    process = subprocess.Popen(**command(toy, "slow", toy / "slow", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    deadline = time.time() + 90
+    while not (toy / "slow" / "iter_4.pth").is_file() and time.time() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resume=true" in said
+    left = subprocess.run(["pgrep", "-f", str(toy / "slow" / "job.json")], capture_output=True, text=True).stdout.split()
+    assert left == []
+    again = run(toy, "slow", toy / "slow", *words, "resume=true")
+    assert again.returncode == 0, again.stderr
+    whole = run(toy, "slow", toy / "whole", *words)
+    assert whole.returncode == 0, whole.stderr
+    one, two = (weights(toy / name / "iter_16.pth") for name in ("slow", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[r["loss"] for r in read_history(toy / name)["records"]] for name in ("slow", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 16
+
+
+def test_refusals(toy, capsys):
+    base = [str(toy / "toy.py"), f"data_root={toy / 'data'}", f"work_dir={toy / 'run'}", "max_iters=2"]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        assert train_main([*base, "device=cuda", "--nproc", str(gpus + 1)]) == 1
+        assert f"torch sees {gpus} GPU(s)" in capsys.readouterr().err
+    else:
+        assert train_main([*base, "device=cuda", "--nproc", "2"]) == 1
+        assert "torch" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert train_main([*base, "device=cpu", "--nproc", "2", "--port", str(port)]) == 1
+    assert f"port={port} cannot be used" in capsys.readouterr().err
+    assert train_main([*base, "device=cpu", "--nproc", "0"]) == 1
+    assert "nproc=0" in capsys.readouterr().err
+    assert not (toy / "run").exists()
+
+
+def test_evaluation_in_two_processes_gives_the_metrics_of_one(tmp_path):
+    pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
+    from cmtaqr.data.nuscenes import make_infos
+    from cmtaqr.data.world import make_world
+
+    world = tmp_path / "world"
+    make_world(world, scenes=["scene-0061", "scene-0103"], keyframes=3, sweeps=0, image_size=(400, 225), workers=1, progress=False)
+    make_infos(world)
+    found = {}
+    for nproc in (1, 2):
+        words = [sys.executable, "-m", "cmtaqr.engine.eval", "cmt_aqr_tiny", f"data_root={world}", "untrained=true", "device=cpu",
+                 f"work_dir={tmp_path / str(nproc)}", "num_workers=0", "batch_size=1", "--nproc", str(nproc)]
+        done = subprocess.run(words, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[nproc] = json.loads((tmp_path / str(nproc) / "result.json").read_text())
+    assert found[1]["metrics"] == found[2]["metrics"] and found[1]["classes"] == found[2]["classes"]
+    assert found[1]["speed"]["frames"] == found[2]["speed"]["frames"] == 3
