@@ -109,7 +109,7 @@ def window_entropy(mass: Tensor, bias: Tensor, inside: Tensor, outside: Tensor) 
     after = window_mass(mass, bias)
     return torch.special.entr(after) + torch.special.entr(1 - after) + after * _tensor(inside) + (1 - after) * _tensor(outside)
 
-# %% ../nbs/00_sensitivity.ipynb #35f1caca
+# %% ../nbs/00_sensitivity.ipynb #d39889b4
 def window_luck(keys: int, num_keys: int, spread: float) -> tuple[float, float]:
     """Mass of a window whose scores are independent of the query, Gaussian, with this spread over all keys (Fenton-Wilkinson).
 
@@ -127,7 +127,8 @@ def window_luck(keys: int, num_keys: int, spread: float) -> tuple[float, float]:
     if not 0 < keys < num_keys:
         raise ValueError(f'a window of {keys} keys among {num_keys}: it must hold some, and not all')
     if not 0 <= spread <= 2:
-        raise ValueError(f'spread={spread}: the formula holds from 0 to 2; measure the mass of the windows with `python -m cmtaqr.engine.logits`')
+        raise ValueError(f'spread={spread}: the formula holds from 0 to 2; measure the mass of the windows with '
+                         '`python -m cmtaqr.engine.logits`')
     variance = math.log1p(math.expm1(spread**2) / keys)
     return keys / num_keys * math.exp(-variance / 2), math.sqrt(variance)
 
@@ -151,16 +152,16 @@ def scale_for(moved: float, mass: float) -> float:
         raise ValueError(f'moved={moved}: must lie strictly between 0 and 1')
     return math.atanh(moved) + math.asinh(moved * math.cosh(steepest_bias(mass)) / math.sqrt(1 - moved**2))
 
-# %% ../nbs/00_sensitivity.ipynb #71b35f65
+# %% ../nbs/00_sensitivity.ipynb #88e3e5d9
 @dataclass(frozen=True)
 class ScaleAdvice:
     """What `recommend_scale` found.
 
     Args:
         min_scale, start, max_scale: for `AttentionBiasGenerator` (`start` is its `bias_scale`).
-        windows: per window a dict of `size` (cells), `mass` (typical, without bias), `half_at` (bias that gives it half of the attention),
-            `reach` (mass under a bias of `max_scale`), `judgement` ('fits', 'too small', 'too large', 'out of reach') and `smallest`
-            (smallest size that gets half of the attention within the limit; None where none does).
+        windows: per window a dict of `size` (cells), `mass` (typical, without bias), `half_at` (bias that gives it half of the
+            attention), `reach` (mass under a bias of `max_scale`), `judgement` ('fits', 'too small', 'too large', 'out of reach')
+            and `smallest` (smallest size that gets half of the attention within the limit; None where none does).
     """
     min_scale: float
     start: float
@@ -183,7 +184,8 @@ def _judge(size, mass, num_keys, max_scale, limit):
     needed = size * math.sqrt(1 / (1 + math.exp(limit)) / mass)  # mass grows with the number of cells
     smallest = None if needed**2 > num_keys else max(1, math.ceil(needed))
     judgement = 'too large' if mass > 0.5 else 'fits' if needed <= size else 'out of reach' if smallest is None else 'too small'
-    return dict(size=size, mass=mass, half_at=steepest_bias(mass), reach=float(window_mass(mass, max_scale)), judgement=judgement, smallest=smallest)
+    return dict(size=size, mass=mass, half_at=steepest_bias(mass), reach=float(window_mass(mass, max_scale)),
+                judgement=judgement, smallest=smallest)
 
 
 def recommend_scale(window_size, num_keys: int, mass=None, spread: float = 0.0, limit: float = 5.0) -> ScaleAdvice:
@@ -192,21 +194,23 @@ def recommend_scale(window_size, num_keys: int, mass=None, spread: float = 0.0, 
     Args:
         window_size: window of the bias, cells; one integer or [camera, lidar].
         num_keys: keys that a query attends to.
-        mass: attention mass of the windows without bias: a number, or values of many queries or their quantiles; with two windows one
-            such entry each, as [camera, lidar]. None computes it from `spread`. `python -m cmtaqr.engine.logits` measures it.
-        spread: standard deviation of a query's logits over its keys (1 / temperature), where `mass` is None: 0 for equal keys, at most 2.
+        mass: attention mass of the windows without bias: a number, or values of many queries or their quantiles; with two windows
+            one such entry each, as [camera, lidar]. None computes it from `spread`. `python -m cmtaqr.engine.logits` measures it.
+        spread: standard deviation of a query's logits over its keys (1 / temperature), where `mass` is None: 0 for equal keys,
+            at most 2.
         limit: bound on the bias that holds whatever the scale.
 
     Returns:
         `ScaleAdvice`; 0 < min_scale < start < max_scale <= limit.
 
     Raises:
-        ValueError: a window is not a positive integer or holds all keys, a mass outside [0, 1], a spread out of range, a limit that is not positive.
+        ValueError: a window that is not a positive integer or holds all keys, a mass outside [0, 1], a spread out of range, a
+            limit that is not positive.
     """
     sizes = list(window_size) if isinstance(window_size, (list, tuple)) else [window_size]
     if not 1 <= len(sizes) <= 2 or not all(isinstance(size, int) and 0 < size**2 < num_keys for size in sizes):
-        raise ValueError(f'window_size={window_size!r} with num_keys={num_keys}: expected a positive number of cells, or two as [camera, lidar], '
-                         'that leave keys outside')
+        raise ValueError(f'window_size={window_size!r} with num_keys={num_keys}: expected a positive number of cells, or two as '
+                         '[camera, lidar], that leave keys outside')
     if not 0 < limit < math.inf:
         raise ValueError(f'limit={limit}: must be positive and finite')
     masses = [mass] * len(sizes) if len(sizes) == 1 or mass is None else mass
@@ -217,4 +221,5 @@ def recommend_scale(window_size, num_keys: int, mass=None, spread: float = 0.0, 
     upper = min(limit, abs(steepest_bias(low)) + 2)
     start = min(min(scale_for(0.5, q[1]) for q in quantiles), 0.9 * upper)
     lower = min(scale_for(0.05, high), 0.9 * start)
-    return ScaleAdvice(lower, start, upper, tuple(_judge(size, q[1], num_keys, upper, limit) for size, q in zip(sizes, quantiles)))
+    windows = (_judge(size, q[1], num_keys, upper, limit) for size, q in zip(sizes, quantiles))
+    return ScaleAdvice(lower, start, upper, tuple(windows))

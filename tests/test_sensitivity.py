@@ -14,7 +14,7 @@ from cmtaqr.data.world import make_world  # noqa: E402
 from cmtaqr.engine import saturation  # noqa: E402
 from cmtaqr.engine.logits import AttentionProbe, cross_attention_logits, logit_models  # noqa: E402
 from cmtaqr.engine.logits import main as logits_main  # noqa: E402
-from cmtaqr.engine.parameters import EvalParameters  # noqa: E402
+from cmtaqr.engine.parameters import EvalParameters, TrainParameters  # noqa: E402
 from cmtaqr.sensitivity import attention_moved, recommend_scale, window_gradient, window_mass  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results"
@@ -36,7 +36,7 @@ def test_probe_sees_the_attention_of_the_detector(world):
     torch.nn.init.normal_(head.aqr_router.to_weights.weight, std=0.3)
     for layer in head.transformer.decoder.layers:
         layer.attentions[1].attn.in_proj_weight.data *= 3  # random weights give flat attention
-        layer.attentions[1].attn.register_forward_hook(lambda m, args, kwargs, out: seen.append((m, args, kwargs, out)), with_kwargs=True)
+        layer.attentions[1].attn.register_forward_hook(lambda *call: seen.append(call), with_kwargs=True)
     with AttentionProbe(head, queries=30, chunk=7) as probe, torch.no_grad():
         model.test_step(next(iter(loader)))
         for (attention, (query, key, value), kwargs, out), chunks in zip(seen, probe.layers):
@@ -83,10 +83,11 @@ def test_saturation_run_is_not_done_twice(world, tmp_path, monkeypatch, capsys):
         assert abs(first["bias"] - bias) < 1e-3 and abs(first["weight"] - 0.8) < 1e-6 and abs(first["scale"] - 45) < 0.1
         assert first["windows"]["lidar"]["mass"] > 0 and "windows" not in second and second["iter"] == 2
         assert run["run"]["parameters"]["work_dir"] is None and first["loss"] > 0
-    # both sensors' windows at the same large bias take everything and share it: a larger scale changes nothing, other weights would
+    # windows of both sensors at the same large bias share everything: a larger scale changes nothing, other weights would
     assert abs(free["records"][0]["scale_gradient"]) < 1e-5 < free["records"][0]["bias_gradient"]
     monkeypatch.setattr(saturation, "build_runner", lambda *_: pytest.fail("trained again"))
-    assert saturation.saturation_run(45.0, False, params, tmp_path / "free") == json.loads((tmp_path / "free" / "saturation.json").read_text())
+    again = saturation.saturation_run(45.0, False, params, tmp_path / "free")
+    assert again == json.loads((tmp_path / "free" / "saturation.json").read_text())
     assert saturation.main(["--iterations", "5", "--json", str(tmp_path / "x.json")]) == 1
     assert "at least 20" in capsys.readouterr().err
 
@@ -96,7 +97,8 @@ def test_curve_takes_the_limit_away(world, tmp_path):
     models, _ = logit_models(EvalParameters.check(dict(data_root=str(world), untrained=True, device="cpu")))
     file = tmp_path / "weights.pth"
     torch.save(dict(state_dict=models["untrained"].state_dict()), file)
-    params = saturation.TrainParameters.check(dict(data_root=str(world), checkpoint=str(file), num_workers=0, batch_size=1, device="cpu"))
+    given = dict(data_root=str(world), checkpoint=str(file), num_workers=0, batch_size=1, device="cpu")
+    params = TrainParameters.check(given)
     low, high = saturation.scale_curve(params, scales=(2.0, 45.0), queries=20)
     assert abs(low["bias"] - 1.6) < 1e-4 and abs(high["bias"] - 36) < 1e-3
     assert abs(high["scale_gradient"]) < 1e-4 * abs(low["scale_gradient"])
@@ -140,6 +142,7 @@ def test_recorded_measurements():
     if not file.is_file():
         pytest.skip(f"no {file.name}: `python -m cmtaqr.engine.saturation` writes it")
     recorded = json.loads(file.read_text())
-    assert list(recorded["runs"]) == list(saturation.CASES) and [row["scale"] for row in recorded["curve"]] == list(saturation.SCALES)
+    assert list(recorded["runs"]) == list(saturation.CASES)
+    assert [row["scale"] for row in recorded["curve"]] == list(saturation.SCALES)
     for run in recorded["runs"].values():
         assert [r["iter"] for r in run["records"]] == list(range(1, run["training"]["iterations"] + 1))

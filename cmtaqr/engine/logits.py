@@ -31,7 +31,7 @@ from .progress import Progress
 from .record import run_record, write_json
 from ..sensitivity import attention_entropy, attention_mass
 
-# %% ../../nbs/53b_logits.ipynb #ee06b05c
+# %% ../../nbs/53b_logits.ipynb #bfab9df7
 @torch.no_grad()
 def cross_attention_logits(attention, query, key):
     """Scores q·k/√d of a packed attention, before any bias.
@@ -61,9 +61,9 @@ def attention_statistics(logits, windows, bias=None):
         bias: [B, q, K] the bias that the layer adds, or None.
 
     Returns:
-        dict of [B, H, q] tensors: `spread`, and for both sensors `spread_lidar` over its own keys and `share_lidar` of the attention on all
-        of them; `entropy`, `mass_lidar`, `mass_camera` without and `biased_entropy`, `biased_mass_lidar`, `biased_mass_camera` with the
-        bias. A mass is NaN where the sensor has no window for the query.
+        dict of [B, H, q] tensors: `spread`, and for both sensors `spread_lidar` over its own keys and `share_lidar` of the
+        attention on all of them; `entropy`, `mass_lidar`, `mass_camera` without and `biased_entropy`, `biased_mass_lidar`,
+        `biased_mass_camera` with the bias. A mass is NaN where the sensor has no window for the query.
     """
     modality = torch.tensor(windows.layout.modality, device=logits.device).repeat_interleave(
         torch.tensor([rows * cols for rows, cols in windows.layout.maps], device=logits.device))
@@ -128,7 +128,7 @@ class AttentionProbe:
                 self.layers[index].append(attention_statistics(logits, windows.select(chosen), dense))
         self._inputs = {}
 
-# %% ../../nbs/53b_logits.ipynb #07a5cfc4
+# %% ../../nbs/53b_logits.ipynb #3cf05fce
 LEVELS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
@@ -158,10 +158,11 @@ def summarised(layers, levels=LEVELS):
         whole = {name: torch.cat([c[name].transpose(0, 1).flatten(1) for c in chunks], 1) for name in chunks[0]}
         for prefix in ("", "biased_"):
             whole[f"{prefix}effective_keys"] = whole[f"{prefix}entropy"].exp()
-        table.append([{name: summary(values[head], levels) for name, values in whole.items()} for head in range(len(whole["spread"]))])
+        heads = range(len(whole["spread"]))
+        table.append([{name: summary(values[head], levels) for name, values in whole.items()} for head in heads])
     return table
 
-# %% ../../nbs/53b_logits.ipynb #5f472bc3
+# %% ../../nbs/53b_logits.ipynb #f113f4c6
 def logit_models(params):
     """By name the models to look at, `untrained` and, where a checkpoint is given, `trained`; and the loader of the frames.
 
@@ -218,11 +219,12 @@ def measure_logits(params, batches=8, queries=100):
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.logits --json FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.logits", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Spread, window mass and entropy of a detector's cross-attention.")
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.logits",
+                                     description="Spread, window mass and entropy of a detector's cross-attention.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="cmt_aqr_tiny", help="name or path of a config")
     parser.add_argument("--data-root", help="nuScenes folder; by default the config's")
-    parser.add_argument("--checkpoint", help="trained weights: a .pth file, or the folder of a run; without it only the untrained model")
+    parser.add_argument("--checkpoint", help="trained weights: a .pth file, or the folder of a run; without, only untrained ones")
     parser.add_argument("--enable-aqr", action="store_true", help="give a config without AQR its windows")
     parser.add_argument("--batches", type=int, default=8, help="number of batches")
     parser.add_argument("--queries", type=int, default=100, help="queries of each frame")

@@ -26,13 +26,13 @@ from .progress import Progress
 from .record import run_record, write_json
 from .runner import build_runner, train
 
-# %% ../../nbs/53c_saturation.ipynb #49213213
+# %% ../../nbs/53c_saturation.ipynb #487f4915
 def window_state(layers):
     """Mean mass and sensitivity of the windows under their bias, from `AttentionProbe.layers`.
 
     Returns:
-        dict of sensor to dict(mass, sensitivity: mean of 4m'(1 - m'), full, empty: shares of windows with less than a tenth of the best
-        sensitivity that hold nearly all of the attention, or nearly none). None for a sensor without windows.
+        dict of sensor to dict(mass, sensitivity: mean of 4m'(1 - m'), full, empty: shares of windows with less than a tenth of
+        the best sensitivity that hold nearly all of the attention, or nearly none). None for a sensor without windows.
     """
     state = {}
     for sensor in ("lidar", "camera"):
@@ -44,9 +44,9 @@ def window_state(layers):
             empty=float(((slope < 0.1) & (mass < 0.5)).float().mean()))
     return state
 
-# %% ../../nbs/53c_saturation.ipynb #0d57bebb
+# %% ../../nbs/53c_saturation.ipynb #61109735
 class GradientWatch:
-    """Gradients at the router's weights and at the bias of a head: `with GradientWatch(head) as watch: loss.backward(); watch.read()`.
+    """Gradients at the router's weights and at the bias: `with GradientWatch(head) as watch: ...; loss.backward(); watch.read()`.
 
     Args:
         head: `CmtHead` with AQR, one scale for all layers.
@@ -57,7 +57,8 @@ class GradientWatch:
 
     def __init__(self, head):
         if getattr(getattr(head, "aqr_bias", None), "scale_per", "layer") != "model":
-            raise ValueError("saturation needs a model with AQR version 3 and one scale: aqr=dict(version=3, bias=dict(scale_per='model', ...))")
+            raise ValueError("saturation needs a model with AQR version 3 and one scale: "
+                             "aqr=dict(version=3, bias=dict(scale_per='model', ...))")
         self.head, self.seen = head, {}
 
     def __enter__(self):
@@ -115,7 +116,7 @@ class SaturationHook(Hook):
         """Detach."""
         self.watch.__exit__()
 
-# %% ../../nbs/53c_saturation.ipynb #44c46ca4
+# %% ../../nbs/53c_saturation.ipynb #26b575df
 CASES = {"2.5": (2.5, True), "5": (5.0, True), "12, bias within ±5": (12.0, True), "12": (12.0, False), "45": (45.0, False)}
 
 
@@ -135,8 +136,8 @@ def saturation_run(scale, bounded, params, folder):
         folder: Work folder; a `saturation.json` there with the same parameters is the result.
 
     Returns:
-        dict: `records` per iteration (iter, loss, scale and its gradient, what `SaturationHook` records), `training` (see `train`) and
-        the run's record.
+        dict: `records` per iteration (iter, loss, scale and its gradient, what `SaturationHook` records), `training` (see
+        `train`) and the run's record.
 
     Raises:
         ParameterError, FileNotFoundError: A parameter or the data.
@@ -163,7 +164,7 @@ def saturation_run(scale, bounded, params, folder):
     write_json(file, result)
     return result
 
-# %% ../../nbs/53c_saturation.ipynb #609177f7
+# %% ../../nbs/53c_saturation.ipynb #b3f602ec
 SCALES = (0.5, 1.0, 1.75, 2.5, 3.5, 5.0, 7.0, 9.0, 12.0, 16.0, 22.0, 30.0, 45.0)
 
 
@@ -189,15 +190,17 @@ def scale_curve(params, scales=SCALES, queries=100):
             data = model.data_preprocessor(batch, False)
             loss = sum(value for name, value in model(**data, mode="loss").items() if "loss" in name)
             loss.backward()
-        rows.append(dict(scale=scale, loss=float(loss.detach()), scale_gradient=float(head.aqr_bias.bias_scale.grad), windows=window_state(probe.layers),
+        gradient = float(head.aqr_bias.bias_scale.grad)
+        rows.append(dict(scale=scale, loss=float(loss.detach()), scale_gradient=gradient, windows=window_state(probe.layers),
                          **watch.read()))
     return rows
 
-# %% ../../nbs/53c_saturation.ipynb #72390b06
+# %% ../../nbs/53c_saturation.ipynb #ebc61aae
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.saturation --json FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.saturation", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Train with scales of 2.5 to 45 and record saturation and gradients.")
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.saturation",
+                                     description="Train with scales of 2.5 to 45 and record saturation and gradients.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="cmt_aqr_tiny", help="name or path of a config with AQR")
     parser.add_argument("--data-root", help="nuScenes folder; by default the config's")
     parser.add_argument("--checkpoint", help="trained weights for the curve over scales; without it only the runs")
@@ -211,7 +214,9 @@ def main(arguments=None):
     try:
         if options.iterations < 20:
             raise ParameterError(f"--iterations {options.iterations}: at least 20 are needed to see a trend")
-        curve = options.checkpoint and scale_curve(TrainParameters.check(dict(common, checkpoint=options.checkpoint, num_workers=0)))
+        curve = None
+        if options.checkpoint:
+            curve = scale_curve(TrainParameters.check(dict(common, checkpoint=options.checkpoint, num_workers=0)))
         runs, progress = {}, Progress(len(CASES), "runs")
         for done, (name, (scale, bounded)) in enumerate(CASES.items()):
             folder = Path(options.work_dir, f"run{done}")
