@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FIGURES', 'read_run', 'spread', 'collect', 'summary', 'readable', 'plot_sweep']
 
-# %% ../../nbs/56e_ablation.ipynb #a5d352fc
+# %% ../../nbs/56e_ablation.ipynb #b271ce14
 import json
-import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -126,7 +125,7 @@ def readable(result):
         rows[point["name"]] = dict(runs=runs, **{figure: cell(point[figure], n) for figure, n in digits.items()})
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/56e_ablation.ipynb #344cf715
+# %% ../../nbs/56e_ablation.ipynb #0c940a10
 def _shown(point, axis, product):
     """Whether a point belongs into the panel of an axis."""
     return axis in point["parameters"] if product else set(point["changed"]) <= {axis}
@@ -144,8 +143,8 @@ def _panel(panel, result, axis, metric, base):
     for place, value in enumerate(values):
         found = [v for p in points if json.dumps(p["parameters"].get(axis)) == json.dumps(value) for v in scores[p["name"]]]
         if not found:
-            lost = [p for p in points if json.dumps(p["parameters"].get(axis)) == json.dumps(value) and p["runs"].get("failed")]
-            if lost:
+            states = [p["runs"] for p in points if json.dumps(p["parameters"].get(axis)) == json.dumps(value)]
+            if any("failed" in s for s in states) and not any("finished" in s for s in states):
                 panel.scatter(place, 0.05, marker="x", color="tab:red", s=60, transform=panel.get_xaxis_transform())
             continue
         stat = spread(found)
@@ -154,7 +153,7 @@ def _panel(panel, result, axis, metric, base):
     if base is not None:
         panel.axhline(base, color="black", linewidth=0.8, linestyle="--", zorder=1)
     labels = ["config's" if v is None else str(v) for v in values]
-    panel.set_xticks(range(len(values)), labels, rotation=30 if max(map(len, labels)) > 6 else 0)
+    panel.set_xticks(range(len(values)), labels, rotation=30 if max(map(len, labels)) > 8 else 0)
     panel.set(xlim=(-0.5, len(values) - 0.5), xlabel=axis)
 
 
@@ -175,7 +174,7 @@ def plot_sweep(result, metrics=("mAP", "NDS", "bias_scale")):
         for axis, panel in zip(axes, row):
             _panel(panel, result, axis, metric, None if result["product"] else base)
         row[0].set_ylabel(f"{names.get(metric, metric)}" + (f" ({FIGURES[metric]})" if metric not in names and FIGURES[metric] else ""))
-    number = math.ceil(len(result["seeds"]))
+    number = len(result["seeds"])
     each = "all combinations" if result["product"] else "one axis at a time, dashed: the base point"
     figure.suptitle(f"{number} seed{'s' * (number > 1)} (dots), mean ± standard deviation; {each}", fontsize="medium")
     return figure
