@@ -21,7 +21,7 @@ from mmengine.registry import HOOKS
 from .distributions import BINS, MODALITIES, attention_sums, distribution, tally
 from .record import _plain
 
-# %% ../../nbs/53a_instruments.ipynb #be911aea
+# %% ../../nbs/53a_instruments.ipynb #9e838c2e
 def _share(part, whole):
     return part / whole if whole else None
 
@@ -34,7 +34,7 @@ def _attention(sums, biased):
 
 
 def _flat(node, prefix):
-    """Finite numbers of a nested record by path, histograms left out."""
+    """Numbers of a nested record by path, without histograms."""
     if isinstance(node, (dict, list)):
         items = node.items() if isinstance(node, dict) else enumerate(node)
         return {k: v for name, child in items if name != "histogram" for k, v in _flat(child, f"{prefix}/{name}").items()}
@@ -59,7 +59,7 @@ def read_instruments(folder, filename="instruments.json"):
         raise FileNotFoundError(f"no {path}: was {folder} trained with AQR and with InstrumentsHook among its hooks?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/53a_instruments.ipynb #a7e0ad5b
+# %% ../../nbs/53a_instruments.ipynb #ed40be37
 @HOOKS.register_module(force=True)
 class InstrumentsHook(Hook):
     """Record what AQR decides, in TensorBoard and in a JSON file of the work folder; never on the terminal.
@@ -152,7 +152,9 @@ class InstrumentsHook(Hook):
         shares = [difference > self.margin, difference < -self.margin, seen[..., 0], seen[..., 1], torch.ones_like(seen[..., 0])]
         self._sums["shares"] = torch.stack([x.sum() for x in shares]).double()
         if biases:
-            self._sums["scale"] = self._generator.scale().detach().double().reshape(-1)
+            self._sums["scale"] = scale = self._generator.scale().detach().double().reshape(-1)
+            if self._generator.bias_scale.requires_grad:
+                self._sums["gradient"] = torch.zeros_like(scale)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Read the sums of all processes, and publish them."""
@@ -161,8 +163,8 @@ class InstrumentsHook(Hook):
         self._detach()
         if "values" not in self._sums:
             return
-        if self._gradients:
-            self._sums["gradient"] = sum(self._gradients) / self._loss_scale
+        for gradient in self._gradients:
+            self._sums["gradient"] += gradient / self._loss_scale
         sums = torch.cat([x.flatten() for x in self._sums.values()])
         all_reduce(sums)
         parts = zip(self._sums, sums.cpu().split([x.numel() for x in self._sums.values()]))
