@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .safe_files import write_whole
 
-# %% ../../nbs/51e_faults.ipynb #87ec100e
+# %% ../../nbs/51e_faults.ipynb #131a662c
 class FiniteGuard:
     """Takes a step of an optimiser wrapper only if loss and gradients are finite on every process; a mixin, to be named first.
 
@@ -41,7 +41,11 @@ class FiniteGuard:
         """Begin a training; see `OptimWrapper`."""
         super().initialize_count_status(model, init_counts, max_counts)
         self._model = model.module if is_model_wrapper(model) else model
-        self._statistics = [b for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+        self.keep_statistics()
+
+    def keep_statistics(self):
+        """Take BatchNorm's running statistics as they are for good."""
+        self._statistics = [b for m in self._model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
         self._good = [b.clone() for b in self._statistics]
 
     def update_params(self, loss, *args, **kwargs):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'ResumeError', 'StateHook', 'SafeCheckpointHook']
 
-# %% ../../nbs/51d_state.ipynb #44c24213
+# %% ../../nbs/51d_state.ipynb #13b1a3de
 import random
 import re
 import zlib
@@ -15,6 +15,7 @@ import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
+from torch.nn.modules.batchnorm import _NormBase
 
 from .record import versions
 from .safe_files import NotWritten, checkpoints, remove_parts, write_whole
@@ -78,7 +79,7 @@ def _programs(runner):
 def _changed(saved, here):
     return [f"{name} was {saved.get(name)}, is {here.get(name)}" for name in {**saved, **here} if saved.get(name) != here.get(name)]
 
-# %% ../../nbs/51d_state.ipynb #2060e3e9
+# %% ../../nbs/51d_state.ipynb #ce8296aa
 @HOOKS.register_module(force=True)
 class StateHook(Hook):
     """Keep in every checkpoint what a run needs to go on bit by bit, and put it back on resume.
@@ -102,8 +103,13 @@ class StateHook(Hook):
 
     def gather_state(self, runner):
         """Collect the state of all processes; called on each of them before a checkpoint is written."""
-        own = dict(random=random_state(), hooks={name: hook.state_dict() for name, hook in self._hooks(runner).items()})
+        own = dict(random=random_state(), hooks={name: hook.state_dict() for name, hook in self._hooks(runner).items()},
+                   statistics=[b.cpu() for b in self._statistics(runner)] if get_rank() else None)
         self._gathered = all_gather_object(own)
+
+    @staticmethod
+    def _statistics(runner):
+        return [b for m in runner.model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Add it to the checkpoint."""
@@ -128,7 +134,7 @@ class StateHook(Hook):
                                   "the config")
             runner.logger.warning(f"{text}; the numbers will differ from those of an uninterrupted run")
         own = state["processes"][get_rank()]
-        self._restore = own["random"]
+        self._restore = own
         for name, hook in self._hooks(runner).items():
             if name in own["hooks"]:
                 hook.load_state_dict(own["hooks"][name])
@@ -142,9 +148,13 @@ class StateHook(Hook):
             torch.manual_seed(int(seeds[2]))
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Put the random numbers back, once."""
+        """Put random numbers and statistics back, once."""
         if self._restore is not None:
-            set_random_state(self._restore)
+            set_random_state(self._restore["random"])
+            for buffer, saved in zip(self._statistics(runner), self._restore["statistics"] or ()):
+                buffer.copy_(saved)
+            if hasattr(runner.optim_wrapper, "keep_statistics"):
+                runner.optim_wrapper.keep_statistics()
             self._restore = None
 
     def before_val(self, runner):
