@@ -21,7 +21,7 @@ from .parameters import ParameterError
 from .record import write_json
 from .small import SavedBytes, small_batch, small_model
 
-# %% ../../nbs/52a_freeze.ipynb #c9ee1482
+# %% ../../nbs/52a_freeze.ipynb #bf743bf0
 def verify(config, freeze=None, steps=2, seed=0):
     """Train a config's model for some steps on small random input, and look at every tensor.
 
@@ -41,7 +41,7 @@ def verify(config, freeze=None, steps=2, seed=0):
         ValueError: The config freezes a module that its model does not have.
     """
     if steps < 2:
-        raise ParameterError(f"steps={steps}: at least 2 are needed, AQR's weights of zero hold up what lies behind them in the first")
+        raise ParameterError(f"steps={steps}: at least 2 are needed, since AQR's zero weights hold up what is behind them in one")
     cfg = load_config(config) if isinstance(config, str) else config
     torch.manual_seed(seed)
     init_default_scope("mmdet3d")

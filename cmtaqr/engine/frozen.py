@@ -134,7 +134,7 @@ def problems_of(model, optimiser, before, gradients=None, learning=True):
             found.append(f"{name} shall follow its batches, but has not moved")
     return found + [f"{name} is frozen, but in training mode" for name in modes if f"{name}.".startswith(parts) and modes[name]]
 
-# %% ../../nbs/51h_frozen.ipynb #8173d5e2
+# %% ../../nbs/51h_frozen.ipynb #c62b1143
 @HOOKS.register_module(force=True)
 class FreezeHook(Hook):
     """Freeze what the config's `frozen` names, verify it in the first steps, and refuse to resume with another choice.
@@ -150,7 +150,7 @@ class FreezeHook(Hook):
 
     def __init__(self, steps=2, patience=20):
         if not (steps == 0 or 2 <= steps <= patience):
-            raise ValueError(f"FreezeHook steps={steps!r}, patience={patience!r}: 2 <= steps <= patience, or steps=0 to look at none")
+            raise ValueError(f"FreezeHook steps={steps!r}, patience={patience!r}: 2 <= steps <= patience, or 0 for no look")
         self.steps, self.patience, self.taken, self._before = steps, patience, 0, None
 
     def before_train(self, runner):

@@ -17,9 +17,9 @@ from .. import detector  # noqa: F401  # before mmdet3d: it chooses the sparse l
 from mmdet3d.structures import Det3DDataSample, LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 
-# %% ../../nbs/51g_small.ipynb #5f8209f7
+# %% ../../nbs/51g_small.ipynb #6b11d510
 def small_model(cfg, cells=24, queries=60):
-    """Model config of a config, on a BEV map of `cells` x `cells` and with few queries; all weights but anchors keep their shapes."""
+    """A config's model on a BEV map of `cells` x `cells`, with few queries; weights other than anchors keep their shapes."""
     model = copy.deepcopy(cfg.model)
     head = model.pts_bbox_head
     head.update(num_query=queries, max_num=queries)
@@ -58,9 +58,9 @@ def small_batch(cfg, samples=1, points=4000, boxes=6, size=(64, 96), seed=0):
     names = {"points": "pts_voxel_encoder", "img": "img_backbone"}
     return dict(inputs={k: v for k, v in inputs.items() if cfg.model.get(names[k])}, data_samples=data)
 
-# %% ../../nbs/51g_small.ipynb #d758c6cd
+# %% ../../nbs/51g_small.ipynb #22f472ee
 class SavedBytes:
-    """Bytes that a forward pass keeps for the backward pass: `with SavedBytes(model) as saved: ...`, then `saved.bytes` per child.
+    """Bytes kept for the backward pass: `with SavedBytes(model) as saved: ...`, then `saved.bytes` per child.
 
     The counter is for models whose children run one after the other; what is saved outside of them counts as ''.
     """

@@ -44,7 +44,7 @@ def rounds(configs, batches=(2, 4), compile=("image",)):
     return (first + [(c, batches[0], v) for c in configs for v in options]
             + [(c, batches[0], [dict(VARIANT, compile=list(compile))]) for c in configs if compile])
 
-# %% ../../nbs/58a_train_speed.ipynb #835a8ae5
+# %% ../../nbs/58a_train_speed.ipynb #46fc26ea
 def _warm_up(trainer, batches, steps):
     """Memory in MiB: allocated at the peak of a step, static and reserved, all of this model alone; None on a CPU."""
     cuda, done, peak, reserved = trainer.device.type == "cuda", 0, 0, 0
@@ -85,7 +85,8 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
 
     Returns:
         list[dict]: Per variant config, batch, its options, and either step_ms (median, p10, p90), samples_per_second, memory_mib
-        (peak, static, reserved), skipped_steps (fp16, warm-up included) and counts of weights and queries, or out_of_memory and error.
+        (peak, static, reserved), skipped_steps (fp16, warm-up included) and counts of weights and queries, or out_of_memory and
+        error.
     """
     trainers, rows, times = {}, [], {}
     for i, variant in enumerate(variants):
