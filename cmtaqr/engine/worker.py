@@ -23,22 +23,24 @@ from .parameters import EvalParameters, TrainParameters
 from .record import peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
 
-# %% ../../nbs/56h_worker.ipynb #152c2aa0
+# %% ../../nbs/56h_worker.ipynb #11349453
 KINDS = dict(train=TrainParameters, eval=EvalParameters)
 
 
-def write_job(kind, params, work_dir):
+def write_job(kind, params, work_dir, processes):
     """Write `job.json`, from which every process of a run starts.
 
     Args:
         kind: 'train' or 'eval'.
         params: `TrainParameters` or `EvalParameters`.
         work_dir: Folder of the run.
+        processes: How many there are.
 
     Returns:
         Path of the file.
     """
-    return write_json(Path(work_dir, "job.json"), dict(kind=kind, parameters=params.asdict() | dict(work_dir=str(work_dir))))
+    parameters = params.asdict() | dict(work_dir=str(work_dir))
+    return write_json(Path(work_dir, "job.json"), dict(kind=kind, processes=processes, parameters=parameters))
 
 
 def read_job(path):
@@ -113,7 +115,7 @@ def work(path):
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
-# %% ../../nbs/56h_worker.ipynb #8e86f65a
+# %% ../../nbs/56h_worker.ipynb #546c8c80
 def run_launched(kind, params, nproc, port=None, notebook=None, mode="auto"):
     """Train or evaluate in several processes of this machine.
 
@@ -136,7 +138,7 @@ def run_launched(kind, params, nproc, port=None, notebook=None, mode="auto"):
     check_processes(nproc, torch.device(cfg.device).type, port)
     result = Path(cfg.work_dir, "result.json")
     result.unlink(missing_ok=True)
-    launch("cmtaqr.engine.worker", [str(write_job(kind, params, cfg.work_dir))], cfg.work_dir, nproc, port, mode)
+    launch("cmtaqr.engine.worker", [str(write_job(kind, params, cfg.work_dir, nproc))], cfg.work_dir, nproc, port, mode)
     return json.loads(result.read_text())
 
 # %% ../../nbs/56h_worker.ipynb #e475c9e3

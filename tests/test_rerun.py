@@ -1,0 +1,104 @@
+"""Runs repeated from their records: the same bits on a CPU in one process and in two, and on a GPU with deterministic kernels."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
+
+import cmtaqr  # noqa: E402
+import toy_engine  # noqa: E402
+from cmtaqr.engine.hooks import read_history  # noqa: E402
+from cmtaqr.engine.parameters import ParameterError  # noqa: E402
+from cmtaqr.engine.rerun import compare_losses, main, read_run, rerun  # noqa: E402
+from cmtaqr.engine.train import main as train_main  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A toy config and its data."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.pkl").touch()
+    (tmp_path / "toy.py").write_text(toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_"))
+    return tmp_path
+
+
+def train(toy, *words):
+    run = toy / "run"
+    assert train_main([str(toy / "toy.py"), f"data_root={toy / 'data'}", f"work_dir={run}", "max_iters=6", "device=cpu", *words]) == 0
+    return run
+
+
+def last_weights(run):
+    return torch.load(next(Path(run).glob("iter_6.pth")), map_location="cpu", weights_only=False)["state_dict"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_comes_out_again(toy, capsys, processes):
+    run = train(toy, "seed=5", *(["--nproc", "2"] if processes == 2 else []))
+    assert read_run(run)[0] == "train" and read_run(run)[2] == processes
+    assert main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "the same numbers" in said and "config," not in said and "torch:" not in said
+    again = Path(f"{run}_again")
+    one, two = last_weights(run), last_weights(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    outcome = json.loads((again / "rerun.json").read_text())
+    assert outcome["losses"] == dict(iterations=6, equal=True, first_difference=None, largest=0.0)
+
+
+def test_what_has_changed_is_said_and_found(toy, capsys):
+    run = train(toy)
+    config = toy / "toy.py"
+    config.write_text(config.read_text().replace("lr=0.01", "lr=0.02"))
+    record = json.loads((run / "run.json").read_text())
+    record["versions"]["numpy"] = "0.9"
+    (run / "run.json").write_text(json.dumps(record))
+    assert main([str(run), "--out", str(toy / "other")]) == 2
+    said = capsys.readouterr().out
+    assert "config, optim_wrapper.optimizer.lr: 0.01 then, 0.02 now" in said and "numpy: 0.9 then" in said
+    assert "NOT the same numbers" in said
+    outcome = json.loads((toy / "other" / "rerun.json").read_text())
+    first, second = (read_history(folder)["records"] for folder in (run, toy / "other"))
+    assert outcome["losses"] == compare_losses(first, second) and outcome["losses"]["first_difference"] == 2
+    assert main([str(run), "--out", str(toy / "third"), "--tolerance", "10"]) == 0
+
+
+def test_refusals(toy):
+    with pytest.raises(FileNotFoundError, match="give the work_dir of a run"):
+        rerun(toy, toy / "out")
+    run = train(toy)
+    with pytest.raises(ParameterError, match="is the run itself"):
+        rerun(run, run)
+    record = json.loads((run / "run.json").read_text())
+    record["parameters"]["magic"] = 1
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ParameterError, match="unknown parameter 'magic'"):
+        rerun(run, toy / "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gpu_deterministic_run_comes_out_again(tmp_path, cuda, precision):
+    pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
+    from cmtaqr.data.nuscenes import make_infos
+    from cmtaqr.data.world import make_world
+
+    make_world(tmp_path / "world", scenes=["scene-0061"], keyframes=8, sweeps=0, image_size=(400, 225), workers=4, progress=False)
+    make_infos(tmp_path / "world")
+    words = [f"data_root={tmp_path / 'world'}", f"work_dir={tmp_path / 'run'}", "max_iters=12", "deterministic=true",
+             f"precision={precision}"]
+    call = [sys.executable, "-m"]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([*call, "cmtaqr.engine.train", "cmt_aqr_tiny", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run([*call, "cmtaqr.engine.rerun", str(tmp_path / "run")], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((tmp_path / "run_again" / "rerun.json").read_text())["losses"]["equal"]
