@@ -64,7 +64,8 @@ def test_logits_command(world, tmp_path, capsys):
     assert list(result["models"]) == ["untrained"] and result["keys"] == 2560 and result["window_sizes"] == [3, 3]
     for head in (head for layer in result["models"]["untrained"] for head in layer):
         assert head["spread"]["count"] == 40 and head["effective_keys"]["mean"] > 2400
-    for bad, words in ((["--batches", "0"], "at least 1"), (["--checkpoint", str(tmp_path / "none.pth")], "no checkpoint"),
+    for bad, words in ((["--batches", "0"], "at least 1"), (["--levels", "2"], "between 0 and 1"),
+                       (["--checkpoint", str(tmp_path / "none.pth")], "no checkpoint"),
                        (["--config", "cmt_voxel0100_r50_800x320_cbgs"], "no AQR"), (["--config", "cmt_tiny"], "did you mean"),
                        (["--data-root", str(tmp_path / "nowhere")], "no data folder")):
         assert logits_main([*common, *bad]) == 1

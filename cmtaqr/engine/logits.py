@@ -162,7 +162,7 @@ def summarised(layers, levels=LEVELS):
         table.append([{name: summary(values[head], levels) for name, values in whole.items()} for head in heads])
     return table
 
-# %% ../../nbs/53b_logits.ipynb #f113f4c6
+# %% ../../nbs/53b_logits.ipynb #c3c72473
 def logit_models(params):
     """By name the models to look at, `untrained` and, where a checkpoint is given, `trained`; and the loader of the frames.
 
@@ -186,13 +186,14 @@ def logit_models(params):
     return models, loader
 
 
-def measure_logits(params, batches=8, queries=100):
+def measure_logits(params, batches=8, queries=100, levels=LEVELS):
     """Statistics of the cross-attention on the first frames of the data.
 
     Args:
         params: `EvalParameters`: config, data, checkpoint, device.
         batches: Number of batches.
         queries: Match queries of each frame, at most.
+        levels: Of the quantiles, between 0 and 1.
 
     Returns:
         dict: `models` {untrained, trained: per layer and head, see `summarised`}, `levels` of the quantiles, `keys`, `queries`,
@@ -211,9 +212,9 @@ def measure_logits(params, batches=8, queries=100):
                     model.test_step(batch)
                 progress.update(done * batches + i + 1, name)
         generator = getattr(model.pts_bbox_head, "aqr_bias", None)  # versions 1 and 2 have none
-        found[name], scales[name] = summarised(probe.layers), generator and generator.scale().detach().flatten().tolist()
+        found[name], scales[name] = summarised(probe.layers, levels), generator and generator.scale().detach().flatten().tolist()
     progress.close()
-    return dict(models=rounded(found), levels=LEVELS, keys=probe.keys, queries=queries, batches=batches, bias_scale=scales,
+    return dict(models=rounded(found), levels=levels, keys=probe.keys, queries=queries, batches=batches, bias_scale=scales,
                 window_sizes=[probe.windows[0], probe.windows[-1]], run=run_record(params))
 
 
@@ -228,6 +229,7 @@ def main(arguments=None):
     parser.add_argument("--enable-aqr", action="store_true", help="give a config without AQR its windows")
     parser.add_argument("--batches", type=int, default=8, help="number of batches")
     parser.add_argument("--queries", type=int, default=100, help="queries of each frame")
+    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="of the quantiles")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
     parser.add_argument("--json", required=True, help="file to write")
@@ -235,10 +237,12 @@ def main(arguments=None):
     try:
         if options.batches < 1 or options.queries < 1:
             raise ParameterError(f"--batches {options.batches} --queries {options.queries}: both must be at least 1")
+        if not all(0 <= level <= 1 for level in options.levels):
+            raise ParameterError(f"--levels {options.levels}: between 0 and 1")
         params = EvalParameters.check(dict(
             config=options.config, data_root=options.data_root, checkpoint=options.checkpoint, untrained=not options.checkpoint,
             enable_aqr=options.enable_aqr or None, device=options.device, seed=options.seed))
-        print(write_json(options.json, measure_logits(params, options.batches, options.queries)))
+        print(write_json(options.json, measure_logits(params, options.batches, options.queries, options.levels)))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
