@@ -124,7 +124,7 @@ def train_toy(interval=3, keep=2, die=None, full=None, processes=False, **values
     cfg = run_config(params)
     cfg.default_hooks.checkpoint.update(by_epoch=False, interval=interval, max_keep_ckpts=keep)
     if processes:
-        cfg.launcher, cfg.model_wrapper_cfg = "pytorch", dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+        cfg.launcher = "pytorch"
     Trouble.die, Trouble.full = die, full
     runner = build_runner(params, cfg)
     train(runner)

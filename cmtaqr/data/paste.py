@@ -163,7 +163,7 @@ class PatchDatabaseSampler(DataBaseSampler):
         """Patch [h, w, 3] uint8 of an entry, or None if it has none."""
         return self._read(read_image, entry['patch_path']) if entry.get('patch_path') else None
 
-# %% ../../nbs/46a_paste.ipynb #2efea6e0
+# %% ../../nbs/46a_paste.ipynb #1d5e62e3
 @TRANSFORMS.register_module(force=True)
 class PasteObjects(ObjectSample):
     """Pastes objects of other frames into points, boxes, labels and images. The defaults are the released recipe.
@@ -193,10 +193,12 @@ class PasteObjects(ObjectSample):
         self.__dict__.update(state)
         self._off.share_memory_()    # a copy (mmengine copies datasets) is not shared yet; in a spawned process it is
 
+    ended = False    # set per sample by `cmtaqr.engine.samples.SteadySamples`, which knows the sample's iteration
+
     @property
     def disabled(self):
         """Whether frames are left alone, in this process and its loader processes."""
-        return bool(self._off)
+        return bool(self._off) or self.ended
 
     @disabled.setter
     def disabled(self, value):

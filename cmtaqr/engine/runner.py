@@ -35,7 +35,7 @@ from .safe_files import verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
 from .state import ResumeError, SafeCheckpointHook, StateHook
 
-# %% ../../nbs/52_runner.ipynb #bfa4de69
+# %% ../../nbs/52_runner.ipynb #e07c4807
 _runs = itertools.count()
 
 
@@ -59,6 +59,8 @@ class FileLogRunner(Runner):
             compile_parts(model, self.cfg.compiled_parts)
         if self.distributed and torch.device(self.cfg.get("device", "cpu")).type == "cpu":
             return MMDistributedDataParallel(module=model, broadcast_buffers=False)  # mmengine would name a GPU
+        if self.distributed and model_wrapper_cfg is None and self.cfg.get("device") == "cpu":  # mmengine's default names a GPU
+            model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         model = super().wrap_model(model_wrapper_cfg, model)
         return model if self.distributed else model.to(self.cfg.get("device", "cpu"))
 
@@ -140,7 +142,7 @@ class MixedPrecisionWrapper(FiniteGuard, _UnscaledStep):
     def _leave_out(self):
         self.loss_scaler.update(self._scale_update_param)  # a dynamic scale is halved
 
-# %% ../../nbs/52_runner.ipynb #0c2e1539
+# %% ../../nbs/52_runner.ipynb #c87f2104
 def _named(cfg, owner):
     return str(getattr(cfg.get("type", owner), "__name__", cfg.get("type", owner)))
 
@@ -160,7 +162,8 @@ def safe_settings(cfg):
     if _named(loader.sampler, "") in ("DefaultSampler", "InfiniteSampler"):
         loader.sampler = dict(type=PlacedSampler.__name__, shuffle=loader.sampler.get("shuffle", True), endless=endless)
     if _named(loader.dataset, "") != SteadySamples.__name__:
-        loader.dataset = dict(type=SteadySamples.__name__, dataset=loader.dataset, seed=cfg.randomness.seed)
+        length = {name: loop[name] for name in ("max_iters", "max_epochs") if name in loop} | dict(batch_size=loader.batch_size)
+        loader.dataset = dict(type=SteadySamples.__name__, dataset=loader.dataset, seed=cfg.randomness.seed, length=length)
         inner = dict(inner=loader.collate_fn) if loader.get("collate_fn") else {}
         loader.collate_fn = dict(type=collate_with_faults.__name__, **inner)
     if _named(cfg.optim_wrapper, "OptimWrapper") == "OptimWrapper":

@@ -84,18 +84,20 @@ def seeded(*key):
         np.random.set_state(before[1])
         torch.default_generator.set_state(before[2])
 
-# %% ../../nbs/51c_samples.ipynb #d939121f
+# %% ../../nbs/51c_samples.ipynb #c0039755
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
-def _forget_walks(dataset):
-    """Let the samplers of pasted objects draw anew, whatever this process has drawn before."""
+def _prepare(dataset, done):
+    """Let pasting draw anew, whatever this process has drawn before, and end at its share of the run (`done`, None if unknown)."""
     inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
     for step in getattr(getattr(dataset, "pipeline", None), "transforms", ()):
         getattr(getattr(step, "db_sampler", None), "sampler_dict", {}).clear()
+        if done is not None and hasattr(step, "until"):
+            step.ended = done[0] >= round(step.until * done[1])
     for one in inner:
         if one is not None:
-            _forget_walks(one)
+            _prepare(one, done)
 
 
 def sample_name(dataset, index):
@@ -112,14 +114,16 @@ class SteadySamples(Dataset):
         dataset (Dataset | dict): The dataset, or its config.
         seed (int): Of the run.
         attempts (int): How many samples are tried for one place.
+        length (dict | None): `batch_size` and `max_epochs` or `max_iters` of the run, for transforms that end at a share of it
+            (`until`): they then end with the right sample, however far a worker has read ahead.
 
     An item asked for by (epoch, place, index) is a dict of the dataset, with `quarantined`, a list of dicts (`name`, `reason`),
     where samples could not be read. An item asked for by a plain index is the dataset's own.
     """
 
-    def __init__(self, dataset, seed=0, attempts=10):
+    def __init__(self, dataset, seed=0, attempts=10, length=None):
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
-        self.seed, self.attempts = seed, attempts
+        self.seed, self.attempts, self.length, self.world_size = seed, attempts, length, get_dist_info()[1]
 
     def full_init(self):
         """Let the dataset read its list of samples."""
@@ -134,16 +138,27 @@ class SteadySamples(Dataset):
     def __len__(self):
         return len(self.dataset)
 
+    def iteration(self, epoch, number):
+        """Iteration of the run that a place belongs to, and the number of all; None where the run's length is unknown."""
+        if not self.length:
+            return None
+        batch, size = self.length["batch_size"], len(self)
+        if "max_iters" in self.length:
+            return (epoch * size + number) // (batch * self.world_size), self.length["max_iters"]
+        each = -(-size // self.world_size // batch)
+        return epoch * each + number // self.world_size // batch, self.length["max_epochs"] * each
+
     def __getitem__(self, place):
         if not isinstance(place, tuple):
             return self.dataset[place]
         epoch, number, index = place
+        done = self.iteration(epoch, number)
         faults = []
         for attempt in range(self.attempts):
             key = self.seed, epoch, number, attempt
             try:
                 with seeded(*key):
-                    _forget_walks(self.dataset)
+                    _prepare(self.dataset, done)
                     sample = self.dataset[index]
             except (OSError, ValueError, EOFError) as error:
                 if getattr(error, "errno", None) in _MACHINE:
