@@ -297,7 +297,7 @@ def test_tiny_config_pastes_nothing_and_loads_both_sensors():
     assert [step.type for step in pipeline] == [
         "LoadLidarPoints", "LoadLidarSweeps", "LoadCameraImages", "LoadAnnotations3D", "ModalityMask", "GlobalRotScaleTransImage",
         "RandomFlip3DImage", "PointsRangeFilter", "ObjectRangeFilter", "ObjectNameFilter", "PointShuffle", "ResizeCropFlipImage",
-        "AssembleLidar2Img", "Pack3DDetInputs"]
+        "AssembleLidar2Img", "PackFrames"]
 
 
 @pytest.mark.parametrize("lines", ["paste = dict()", "paste = dict(mixup=0.3, until=0.5)", "paste = None",

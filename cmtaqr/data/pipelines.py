@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import paste as _paste, transforms  # registers what the pipelines name
 
-# %% ../../nbs/45_pipelines.ipynb #df581489
+# %% ../../nbs/45_pipelines.ipynb #35ab74b2
 AUGMENTATION = dict(resize=(0.94, 1.25), flip_image=0.5, rotation=(-0.785, 0.785), scale=(0.9, 1.1), translation=0.5,
                     flip_scene=0.5, drop_image=0.25, drop_lidar=0.25, rotate_empty=True)
 PASTE = dict(targets=_paste.TARGETS, min_points=5, mixup=0.5, restore_originals=False, remove_hidden_points=False, until=0.75)
@@ -57,7 +57,7 @@ def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, swee
     meta_keys = COMMON_KEYS + SENSOR_KEYS['lidar'] * lidar + SENSOR_KEYS['camera'] * camera
     if not training:
         return [*load, *[dict(type='ResizeCropFlipImage', input_size=input_size)] * camera, *finish,
-                dict(type='Pack3DDetInputs', keys=inputs, meta_keys=meta_keys)]
+                dict(type='PackFrames', keys=inputs, meta_keys=meta_keys)]
     _check_known('augmentation', augmentation, AUGMENTATION)
     _check_known('paste settings', paste, PASTE)
     if paste is not None and not lidar:
@@ -80,7 +80,7 @@ def nuscenes_pipeline(training, point_cloud_range, class_names, input_size, swee
         *[dict(type='ResizeCropFlipImage', input_size=input_size, resize=a['resize'], flip=a['flip_image'],
                random_crop=bool(augmentation))] * camera,
         *finish,
-        dict(type='Pack3DDetInputs', keys=[*inputs, 'gt_bboxes_3d', 'gt_labels_3d'], meta_keys=meta_keys)]
+        dict(type='PackFrames', keys=[*inputs, 'gt_bboxes_3d', 'gt_labels_3d'], meta_keys=meta_keys)]
 
 # %% ../../nbs/45_pipelines.ipynb #6ce2924f
 def data_settings(data_root, point_cloud_range, class_names, input_size, sweeps_num=10, augmentation=None, batch_size=1,

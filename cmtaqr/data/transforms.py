@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LoadLidarPoints', 'LoadLidarSweeps', 'LoadCameraImages', 'image_matrix', 'resize_crop_flip', 'ResizeCropFlipImage',
-           'GlobalRotScaleTransImage', 'RandomFlip3DImage', 'AssembleLidar2Img', 'ModalityMask']
+           'GlobalRotScaleTransImage', 'RandomFlip3DImage', 'AssembleLidar2Img', 'ModalityMask', 'PackFrames']
 
-# %% ../../nbs/44_transforms.ipynb #e0f435d4
+# %% ../../nbs/44_transforms.ipynb #184107c1
 import copy
 import cv2
 import numpy as np
@@ -16,7 +16,7 @@ from mmcv.transforms import BaseTransform
 from .. import detector  # before mmdet3d: it chooses the sparse library
 
 # isort: split
-from mmdet3d.datasets.transforms import GlobalRotScaleTrans, LoadPointsFromFile, LoadPointsFromMultiSweeps
+from mmdet3d.datasets.transforms import GlobalRotScaleTrans, LoadPointsFromFile, LoadPointsFromMultiSweeps, Pack3DDetInputs
 from mmdet3d.registry import TRANSFORMS
 from mmdet3d.structures.points import LiDARPoints
 from mmengine.logging import print_log
@@ -111,7 +111,7 @@ class LoadCameraImages(BaseTransform):
         results['lidar2cam'] = np.array([view['lidar2cam'] for view in views.values()], float)
         return results
 
-# %% ../../nbs/44_transforms.ipynb #3a2abac2
+# %% ../../nbs/44_transforms.ipynb #fb463d13
 def image_matrix(resize, corner, width, flip):
     """Pixel matrix [3, 3] float64 of a resize, then a crop whose corner is (x0, y0), then a mirror in an image of that width."""
     matrix = np.array([[resize, 0, -corner[0]], [0, resize, -corner[1]], [0, 0, 1]], float)
@@ -139,7 +139,7 @@ def resize_crop_flip(image, resize, corner, size, flip=False):
         top, left = max(-y, 0), max(-x, 0)
         padded[top:top + inside.shape[0], left:left + inside.shape[1]] = inside
         inside = padded
-    return np.ascontiguousarray(inside[:, ::-1] if flip else inside)
+    return cv2.flip(inside, 1) if flip else np.ascontiguousarray(inside)    # NumPy takes some 20 times as long to mirror pixels
 
 # %% ../../nbs/44_transforms.ipynb #8d2deca5
 @TRANSFORMS.register_module(force=True)
@@ -273,3 +273,20 @@ class ModalityMask(BaseTransform):
             results['points'].tensor.zero_()
             results['modality'] = 'camera'
         return results
+
+# %% ../../nbs/44_transforms.ipynb #85d42e49
+@TRANSFORMS.register_module(force=True)
+class PackFrames(Pack3DDetInputs):
+    """mmdet3d's packing with a faster way to the same image tensor [V, 3, H, W]; for the arguments see `Pack3DDetInputs`."""
+
+    def pack_single_results(self, results):
+        images = results.get('img')
+        if not isinstance(images, list) or 'img' not in self.keys or len({(image.shape, image.dtype) for image in images}) != 1:
+            return super().pack_single_results(results)
+        packed = super().pack_single_results({key: value for key, value in results.items() if key != 'img'})
+        height, width, colours = images[0].shape
+        planes = np.empty((len(images), colours, height, width), images[0].dtype)
+        for plane, image in zip(planes, images):
+            cv2.split(image, list(plane))
+        packed['inputs']['img'] = torch.from_numpy(planes)
+        return packed
