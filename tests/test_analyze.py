@@ -2,8 +2,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -57,8 +55,9 @@ def values(folder, name, **changes):
 @pytest.mark.parametrize("name, scales", [("v1", 0), ("v2", 0), ("v3", 1), ("layers", 2)])
 def test_every_version(folder, name, scales):
     analysis = analyze(AnalyzeParameters.check(values(folder, name)))
-    drawn = {path.stem for path in draw(analysis)}
-    assert drawn >= {"weights_bev", "weights_cameras", "windows_bev", "windows_cameras"} and not drawn & {"scale", "training"}
+    if name in ("v2", "layers"):
+        drawn = {path.stem for path in draw(analysis)}
+        assert drawn >= {"weights_bev", "weights_cameras", "windows_bev", "windows_cameras"} and not drawn & {"scale", "training"}
     numbers = json.loads((folder / f"out_{name}" / "analysis.json").read_text())
     assert numbers["version"] == {"v1": 1, "v2": 2}.get(name, 3) and numbers["frames"] == 2
     assert len(analysis.queries) == numbers["weights"]["all"]["queries"] == 120 and numbers["weights"]["all"]["lidar"]["std"] > 0
@@ -135,12 +134,14 @@ def test_weights_without_aqr_are_refused(folder):
         analyze(AnalyzeParameters.check(values(folder, "v3", checkpoint=str(folder / "plain.pth"))))
 
 
-def test_command_line_has_help_for_every_parameter():
-    done = subprocess.run([sys.executable, "-m", "cmtaqr.engine.analyze", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
+def test_command_line_has_help_for_every_parameter(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
     for field in fields(AnalyzeParameters):
         name = dict(checkpoint="checkpoint", work_dir="--out").get(field.name, f"--{field.name.replace('_', '-')}")
-        assert name in done.stdout, name
+        assert name in said, name
 
 
 def test_notebook(folder):

@@ -124,7 +124,7 @@ def draw(analysis):
             yield figures.save(figure, analysis.folder, name)
             plt.close(figure)
 
-# %% ../../nbs/54c_analyze.ipynb #f2fdf22f
+# %% ../../nbs/54c_analyze.ipynb #54de24d6
 def load_detector(params):
     """The detector of a checkpoint with AQR.
 
@@ -151,6 +151,7 @@ def _kept(path, detector, token, root):
     """Arrays of a frame, from an earlier call where it left them."""
     if not path.is_file():
         arrays = frame_arrays(detector, token, root)[0]
+        del arrays["bounds"]  # only the drawn frame needs them; the rest is some 80 kB for 900 queries
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(data := io.BytesIO(), **arrays)
         write_whole(path, data.getvalue())
@@ -248,20 +249,20 @@ def _curve(history):
     names = {n: None for r in records for n in r if "bias_scale" in n and not n.startswith("lr/")}
     return dict(bounds=history["bounds"], iter=[r["iter"] for r in records], **{n: [r.get(n) for r in records] for n in names})
 
-# %% ../../nbs/54c_analyze.ipynb #01f82009
+# %% ../../nbs/54c_analyze.ipynb #d38289a1
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.analyze CHECKPOINT`; returns the exit status."""
     about = "Show what the router of a trained AQR decides: figures and analysis.json. A stopped run goes on where it was."
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.analyze", description=about)
     for field in fields(AnalyzeParameters):
-        help = f"{field.metadata['help']} (default {field.default})"
+        text = f"{field.metadata['help']} (default {field.default})"
         if field.name == "checkpoint":
             parser.add_argument("checkpoint", help=field.metadata["help"])
         elif field.name == "work_dir":
             parser.add_argument("--out", dest="work_dir", help="folder to write to (default: outputs/analysis of the repository)")
         else:
             kind = int if isinstance(field.default, int) else str
-            parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=kind, help=help)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=kind, help=text)
     given = parser.parse_args(arguments)
     try:
         analysis = analyze(AnalyzeParameters.check(vars(given)))

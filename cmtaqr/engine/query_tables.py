@@ -77,7 +77,7 @@ def objects_of(info, root, classes):
                 object_labels=np.array([classes.index(names[n]) for n in kept], int),
                 visibility=np.array([seen[n] for n in kept], str))
 
-# %% ../../nbs/54b_query_tables.ipynb #92491f94
+# %% ../../nbs/54b_query_tables.ipynb #6a7ef676
 def predictions(tasks):
     """What each query predicts in the last layer of the first sample.
 
@@ -126,9 +126,9 @@ def frame_arrays(detector, token, root):
     windows = bias[0].windows if bias else aqr["windows"]
     centres, labels, scores = predictions(caught["tasks"])
     tensors = dict(weights=aqr["weights"][0].float(), points=aqr["points"][0].float(), centres=centres, labels=labels,
-                   scores=scores,
+                   scores=scores, seen=windows.seen[0], cells=windows.cells[0].short(), bounds=windows.bounds()[0].short(),
                    bias=torch.stack([b.value[0].float() for b in bias]) if bias else centres.new_zeros(0, len(labels), 2),
-                   cells=windows.cells[0], bounds=windows.bounds()[0], seen=windows.seen[0], attention=caught["attention"])
+                   attention=caught["attention"])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()} | objects_of(info, root, detector.classes)
     return arrays | dict(match=match_queries(arrays["centres"], arrays["boxes"])), frame, windows.layout
 
