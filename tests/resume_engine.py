@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +131,42 @@ def train_toy(interval=3, keep=2, die=None, full=None, processes=False, **values
     runner = build_runner(params, cfg)
     train(runner)
     return runner
+
+
+def start(runs, processes=1):
+    """Start processes that train the runs, one run after the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).resolve().parent
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]), OMP_NUM_THREADS="1")
+    several = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if processes > 1 else {}
+    call = [sys.executable, __file__, json.dumps(runs)]
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) if several else {} for rank in range(processes)]
+    return [subprocess.Popen(call, env=environment | several | rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in ranks]
+
+
+def finish(started):
+    """Wait for processes; their exit statuses and outputs."""
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+def course(folder):
+    """What a run recorded in each iteration and what must not differ after a resume."""
+    from cmtaqr.engine.hooks import read_history
+    names = ("iter", "loss", "loss_fit", "grad_norm", "lr/base", "epoch", "samples")
+    return [[record[name] for name in names] for record in read_history(folder)["records"]]
+
+
+def assert_equal_runs(one, other):
+    """Weights, BatchNorm's statistics and optimiser state of two runners are the same in every bit."""
+    def everything(runner):
+        model, state = getattr(runner.model, "module", runner.model), runner.optim_wrapper.optimizer.state_dict()["state"]
+        return [*model.state_dict().values(), *(value for entry in state.values() for value in entry.values())]
+    one, other = everything(one), everything(other)
+    assert len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""Killed at any moment and resumed, a run gives the same numbers; what cannot give them is refused; faults are noted, not suffered."""
+"""Killed at any moment and resumed, a run gives the same numbers; what cannot give them is refused."""
 import json
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,48 +13,9 @@ import torch
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
 from cmtaqr.engine import state  # noqa: E402
-from cmtaqr.engine.causes import LostProcess, OutOfMemory  # noqa: E402
-from cmtaqr.engine.faults import QuarantineFull  # noqa: E402
-from cmtaqr.engine.hooks import read_history  # noqa: E402
 from cmtaqr.engine.safe_files import BrokenCheckpoint, checkpoints, newest_checkpoint, verify  # noqa: E402
 from cmtaqr.engine.state import ResumeError  # noqa: E402
-from resume_engine import train_toy, write_toy  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def start(runs, processes=1):
-    """Processes that train the runs, one after the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
-    several = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if processes > 1 else {}
-    call = [sys.executable, str(ROOT / "tests" / "resume_engine.py"), json.dumps(runs)]
-    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) if several else {} for rank in range(processes)]
-    return [subprocess.Popen(call, env=environment | several | rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in ranks]
-
-
-def finish(started):
-    """Exit statuses and outputs."""
-    outputs = [process.communicate(timeout=200)[0] for process in started]
-    return [process.returncode for process in started], outputs
-
-
-def course(folder):
-    names = ("iter", "loss", "loss_fit", "grad_norm", "lr/base", "epoch", "samples")
-    return [[record[name] for name in names] for record in read_history(folder)["records"]]
-
-
-def weights(runner):
-    model = getattr(runner.model, "module", runner.model)
-    return list(model.state_dict().values()) + [value for entry in runner.optim_wrapper.optimizer.state_dict()["state"].values()
-                                                for value in entry.values()]
-
-
-def assert_same(one, other):
-    assert len(one) == len(other) and all(map(torch.equal, one, other))
+from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 
 @pytest.mark.parametrize("length", [dict(epochs=20), dict(max_iters=120)], ids=["epochs", "iterations"])
@@ -75,22 +33,20 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, length):
     at = torch.load(newest_checkpoint(tmp_path / "killed"), weights_only=False)["meta"]["iter"]
     resumed = train_toy(**killed, resume=True, num_workers=2)
     assert course(tmp_path / "killed") == course(tmp_path / "toy"), f"resumed at iteration {at}"
-    assert_same(weights(resumed), weights(reference))
+    assert_equal_runs(resumed, reference)
     assert not list((tmp_path / "killed").glob(".*.part"))
 
 
-@pytest.mark.parametrize("stage", ["before_train_iter", "after_train_iter", "before_save_checkpoint"])
-def test_killed_at_every_stage_of_an_iteration(tmp_path, stage):
-    values = write_toy(tmp_path) | dict(epochs=2)
-    child = os.fork()
-    if not child:
-        train_toy(**values, die=[8, stage])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert newest_checkpoint(tmp_path / "toy").name == ("iter_9.pth" if stage == "after_train_iter" else "iter_6.pth")
-    reference = train_toy(**values | dict(work_dir=str(tmp_path / "whole")))
-    assert_same(weights(train_toy(**values, resume=True)), weights(reference))
-    assert course(tmp_path / "toy") == course(tmp_path / "whole")
+def test_killed_before_and_after_a_checkpoint(tmp_path):
+    values, newest = write_toy(tmp_path) | dict(epochs=2), dict(before_save_checkpoint="iter_6.pth", after_train_iter="iter_9.pth")
+    whole = train_toy(**values)
+    started = [start([values | dict(work_dir=str(tmp_path / stage), die=[8, stage])])[0] for stage in newest]
+    status, output = finish(started)
+    assert status == [-signal.SIGKILL] * 2, output
+    for stage, name in newest.items():
+        assert newest_checkpoint(tmp_path / stage).name == name
+        assert_equal_runs(train_toy(**values | dict(work_dir=str(tmp_path / stage), resume=True)), whole)
+        assert course(tmp_path / stage) == course(tmp_path / "toy")
 
 
 def test_two_processes(tmp_path):
@@ -106,10 +62,11 @@ def test_two_processes(tmp_path):
     assert status == [0, 0], output
     assert course(tmp_path / "killed") == course(tmp_path / "toy") and len(course(tmp_path / "toy")) == 9
     for rank in range(2):
-        assert_same(*(torch.load(tmp_path / name / f"weights{rank}.pth") for name in ("killed", "toy")))
+        one, other = (torch.load(tmp_path / name / f"weights{rank}.pth") for name in ("killed", "toy"))
+        assert len(one) == len(other) and all(map(torch.equal, one, other))
 
     one, other = (torch.load(tmp_path / "spoiled" / f"weights{rank}.pth") for rank in range(2))
-    assert_same(one[:4] + one[7:], other[:4] + other[7:])  # BatchNorm's statistics are each process's own
+    assert all(map(torch.equal, one[:4] + one[7:], other[:4] + other[7:]))  # BatchNorm's statistics are each process's own
     assert all(value.isfinite().all() for value in one + other)
     events = [json.loads(line) for line in (tmp_path / "spoiled" / "faults.jsonl").read_text().splitlines()]
     found = [rank for event in events for rank, process in enumerate(event["processes"]) if "token5" in process["samples"]]
@@ -124,18 +81,7 @@ def test_loading_processes_do_not_change_the_numbers(tmp_path):
     values = write_toy(tmp_path) | dict(max_iters=9)
     runs = [train_toy(**values | dict(work_dir=str(tmp_path / str(workers)), num_workers=workers)) for workers in (0, 1, 3)]
     for run in runs[1:]:
-        assert_same(weights(run), weights(runs[0]))
-
-
-def test_full_disk_keeps_the_checkpoint_before(tmp_path):
-    values = write_toy(tmp_path) | dict(max_iters=12)
-    (status,), (output,) = finish(start([values | dict(full=[4, 8])]))
-    assert status == 0, output
-    assert "iter_6.pth not written: File too large" in output and "iter_3.pth, is kept" in output
-    assert [file.name for file in checkpoints(tmp_path / "toy")] == ["iter_12.pth", "iter_9.pth"]
-    values["work_dir"] = str(tmp_path / "end")
-    (status,), (output,) = finish(start([values | dict(full=[10, 99])]))
-    assert status == 1 and "the last checkpoint was not saved" in output and newest_checkpoint(tmp_path / "end").name == "iter_9.pth"
+        assert_equal_runs(run, runs[0])
 
 
 # Bad input
@@ -194,58 +140,6 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
         resumed()
 
 
-# Faults
-
-
-def test_unreadable_samples(tmp_path):
-    values = write_toy(tmp_path, "some", unreadable=[4]) | dict(epochs=2)
-    one = train_toy(**values)
-    other = train_toy(**values | dict(work_dir=str(tmp_path / "again"), num_workers=2))
-    assert_same(weights(one), weights(other))
-    events = [json.loads(line) for line in (tmp_path / "some" / "faults.jsonl").read_text().splitlines()]
-    assert {event["name"] for event in events} == {"token4"} and "image 4.jpg is truncated" in events[0]["reason"]
-    assert len(course(tmp_path / "some")) == 12 and all(samples in (4, 2) for *_, samples in course(tmp_path / "some"))
-    with pytest.raises(QuarantineFull, match="2 samples cannot be read, at most 1 may be.*restore them and resume"):
-        train_toy(**write_toy(tmp_path, "many", unreadable=[4, 5]) | dict(epochs=2))
-
-
-def test_counts_go_on_after_a_resume(tmp_path):
-    values = write_toy(tmp_path, spoiled=["token5"], unreadable=[4]) | dict(epochs=3)
-    whole = train_toy(**values)
-    killed = values | dict(work_dir=str(tmp_path / "killed"))
-    child = os.fork()
-    if not child:
-        train_toy(**killed, die=[14, "before_train_iter"])
-        os._exit(0)
-    os.waitpid(child, 0)
-    resumed = train_toy(**killed, resume=True)
-    assert_same(weights(resumed), weights(whole))
-    assert (tmp_path / "killed" / "faults.jsonl").read_text() == (tmp_path / "toy" / "faults.jsonl").read_text()
-    hooks = [next(hook for hook in runner.hooks if type(hook).__name__ == "FaultHook") for runner in (whole, resumed)]
-    assert hooks[0].state_dict() == hooks[1].state_dict() and resumed.optim_wrapper.skipped == whole.optim_wrapper.skipped == 3
-
-
-def test_lost_worker_ends_with_its_cause(tmp_path):
-    with pytest.raises(LostProcess, match="killed by signal: Killed: the system or somebody killed it, .*fewer num_workers"):
-        train_toy(**write_toy(tmp_path, deadly=[9]) | dict(epochs=1, num_workers=1))
-
-
-@pytest.mark.gpu
-def test_out_of_memory_on_a_gpu(tmp_path, cuda):
-    class Greedy(torch.nn.Module):
-        def forward(self, x):
-            return torch.empty(2**44, device=cuda)
-
-    from cmtaqr.engine.configure import run_config
-    from cmtaqr.engine.parameters import TrainParameters
-    from cmtaqr.engine.runner import build_runner
-    params = TrainParameters.check(write_toy(tmp_path) | dict(max_iters=3, device="cuda"))
-    runner = build_runner(params, run_config(params))
-    runner.model.head.register_forward_pre_hook(lambda *_: Greedy()(None))
-    with pytest.raises(OutOfMemory, match="(?s)out of GPU memory in the forward pass.*Tried to allocate.*activations and the rest.*batch_size"):
-        runner.train()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resumed_on_a_gpu(tmp_path, cuda, precision):
@@ -258,4 +152,4 @@ def test_resumed_on_a_gpu(tmp_path, cuda, precision):
     resumed = train_toy(**short, resume=True)
     torch.use_deterministic_algorithms(False)
     assert course(tmp_path / "short") == course(tmp_path / "toy") and whole.optim_wrapper.skipped >= 2
-    assert_same(weights(resumed), weights(whole))
+    assert_equal_runs(resumed, whole)

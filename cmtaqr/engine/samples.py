@@ -184,7 +184,7 @@ def collate_with_faults(batch, inner=None):
     data = (FUNCTIONS.get(settings.pop("type")) if settings else pseudo_collate)(batch, **settings)
     return dict(data, quarantined=faults) if faults else data
 
-# %% ../../nbs/51c_samples.ipynb #94b1fed2
+# %% ../../nbs/51c_samples.ipynb #ba64efc3
 def begin_at(dataloader, batches):
     """Let the next iterator of a loader leave out its first batches, without loading them or drawing random numbers.
 
@@ -221,8 +221,14 @@ class IterationLoop(IterBasedTrainLoop):
 
     def run(self):
         """Train; what was trained before is not loaded again."""
+        batches = self.dataloader_iterator._iterator
         if self._iter:
             begin_at(self.dataloader, self._iter)
+            batches = iter(self.dataloader)
             # mmengine takes as many batches from the iterator as were trained: let these be nothing
-            self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), self.dataloader)
-        return super().run()
+            self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), batches)
+        try:
+            return super().run()
+        finally:
+            if hasattr(batches, "_shutdown_workers"):
+                batches._shutdown_workers()  # left to the garbage collector, each worker takes five seconds
