@@ -98,7 +98,8 @@ def test_each_version_of_aqr_is_built_from_the_parameters(tmp_path):
         built = head(version=version, window_size=[5, 4])
         assert built.aqr_version == version and list(built.aqr_renderer.window_sizes) == [5, 4]
         assert built.aqr_modulator.residual_weight == {1: 1.0, 2: 0.1}[version] and not hasattr(built, "aqr_bias")
-    bias = head(version=3, bias_form="gaussian", scale_mode="smooth", scale_per="layer", bias_scale=2.0, learnable_scale=False).aqr_bias
+    values = dict(bias_form="gaussian", scale_mode="smooth", scale_per="layer", bias_scale=2.0, learnable_scale=False)
+    bias = head(version=3, **values).aqr_bias
     assert bias.sigma == (1.0, 1.0) and not bias.is_global and bias.scale_mode == "smooth" and not bias.bias_scale.requires_grad
     torch.testing.assert_close(bias.scale(), torch.tensor([2.0, 2.0]))
     assert head(bias_form="global").aqr_bias.is_global
@@ -107,8 +108,8 @@ def test_each_version_of_aqr_is_built_from_the_parameters(tmp_path):
 def test_freezing_by_a_parameter(tmp_path):
     pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
     (tmp_path / "nuscenes_infos_train.pkl").write_bytes(pickle.dumps(dict(metainfo={}, data_list=[])))
-    frozen = [list(run_config(TrainParameters.check(dict(data_root=str(tmp_path), device="cpu", freeze=freeze))).get("frozen") or [])
-              for freeze in (None, True, False)]
+    params = [TrainParameters.check(dict(data_root=str(tmp_path), device="cpu", freeze=freeze)) for freeze in (None, True, False)]
+    frozen = [list(run_config(p).get("frozen") or []) for p in params]
     assert frozen == [[], ["img_backbone", "pts_voxel_encoder", "pts_middle_encoder", "pts_backbone"], []]
 
 

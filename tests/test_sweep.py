@@ -54,7 +54,7 @@ def toy(tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
     for stage in runs.Run.STAGES:
         cells = [new_code_cell(declaration(TrainParameters), metadata=dict(tags=["parameters"])),
-                 new_code_cell("print('here it begins')\nraise FloatingPointError(f'seed {seed}, window {window_size}: no number')")]
+                 new_code_cell("raise FloatingPointError(f'seed {seed}, window {window_size}: no number')")]
         kernel = dict(name="python3", language="python", display_name="python3")
         nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / f"{stage}.ipynb")
     return dict(config=str(tmp_path / "toy.py"), notebooks=str(tmp_path), device="cpu", workers=1, seeds=[4])
@@ -106,7 +106,8 @@ def test_killed_sweep_ends_its_runs_and_the_next_call_goes_on(toy, tmp_path, mon
     assert not (train / "result.json").exists()
     assert json.loads((train.parent / "status.json").read_text())["state"] == "running"
     (tmp_path / "wait").unlink()
-    monkeypatch.setattr(runs, "_command", lambda stage, notebooks, out: [sys.executable, "stand_in.py", str(out / "parameters.json")])
+    call = [sys.executable, "stand_in.py"]
+    monkeypatch.setattr(runs, "_command", lambda stage, notebooks, out: [*call, str(out / "parameters.json")])
     result = sweep(params, "w")
     check_finished(result)
     assert [row["mAP"] for row in result["points"]] == [dict(mean=0.5, std=None, n=1)] * 2

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-# %% ../../nbs/56e_ablation.ipynb #3c61ccab
-FIGURES = dict(mAP="", NDS="", loss="training, last tenth", bias_scale="logits", samples_per_second="training", seconds="training",
-               memory="MiB, GPU if any")
+# %% ../../nbs/56e_ablation.ipynb #3cf533b1
+FIGURES = dict(mAP="", NDS="", loss="training, last tenth", bias_scale="logits", samples_per_second="training",
+               seconds="training", memory="MiB, GPU if any")
 
 
 def _json(path):
@@ -34,8 +34,8 @@ def read_run(folder):
         folder: Its folder.
 
     Returns:
-        Dictionary: `state` (finished, failed, broken: began and has no end, or missing), `error` (last lines of its log, for a failed
-        one), and the `FIGURES` that it has so far.
+        Dictionary: `state` (finished, failed, interrupted, broken: began and has no end, or missing), `error` (last lines of a
+        failed one's log), and the `FIGURES` that it has so far.
     """
     status, trained, found = (_json(Path(folder, name)) for name in ("status.json", "train/result.json", "eval/result.json"))
     state = dict(running="broken").get(status.get("state"), status.get("state", "missing"))
@@ -51,7 +51,7 @@ def read_run(folder):
     return dict(state=state, error=status.get("error") if state == "failed" else None,
                 **{name: values[name] for name in FIGURES if values.get(name) is not None})
 
-# %% ../../nbs/56e_ablation.ipynb #03f13299
+# %% ../../nbs/56e_ablation.ipynb #922c5297
 def spread(values):
     """Mean, standard deviation and number of some values; the deviation of a single one is None."""
     values = np.asarray(values, float)
@@ -69,8 +69,8 @@ def collect(points, seeds, folder):
         folder: Folder of the sweep; the runs are in `<point>/seed=<seed>`.
 
     Returns:
-        Dictionary: `runs` (list: name, seed, folder, and `read_run`) and `points` (list: name, changed, parameters, `runs` {state:
-        number}, and `spread` of each of the `FIGURES` over the finished runs, and of the `gain` in mAP and NDS over the base point).
+        Dictionary: `runs` (list: name, seed, folder, and `read_run`) and `points` (list: name, changed, parameters, `runs`
+        {state: number}, `spread` of each of the `FIGURES` over the finished runs, and of `gain_mAP` and `gain_NDS` over the base).
     """
     runs, rows = [], []
     for point in points:
@@ -80,7 +80,8 @@ def collect(points, seeds, folder):
     for point in points:
         states = [run["state"] for run in runs if run["name"] == point.name]
         here = [finished[point.name, seed] for seed in seeds if (point.name, seed) in finished]
-        row = dict(name=point.name, changed=point.changed, parameters=point.parameters, runs={s: states.count(s) for s in sorted(set(states))})
+        row = dict(name=point.name, changed=point.changed, parameters=point.parameters,
+                   runs={state: states.count(state) for state in sorted(set(states))})
         row |= {figure: spread([run[figure] for run in here if figure in run]) for figure in FIGURES}
         pairs = [(run, finished["base", run["seed"]]) for run in here if ("base", run["seed"]) in finished]
         row |= {f"gain_{metric}": spread([run[metric] - base[metric] for run, base in pairs]) for metric in ("mAP", "NDS")}
@@ -125,7 +126,7 @@ def readable(result):
         rows[point["name"]] = dict(runs=runs, **{figure: cell(point[figure], n) for figure, n in digits.items()})
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/56e_ablation.ipynb #0c940a10
+# %% ../../nbs/56e_ablation.ipynb #e57c5ab0
 def _shown(point, axis, product):
     """Whether a point belongs into the panel of an axis."""
     return axis in point["parameters"] if product else set(point["changed"]) <= {axis}
@@ -148,7 +149,8 @@ def _panel(panel, result, axis, metric, base):
                 panel.scatter(place, 0.05, marker="x", color="tab:red", s=60, transform=panel.get_xaxis_transform())
             continue
         stat = spread(found)
-        panel.scatter(place + (np.linspace(-0.12, 0.12, len(found)) if len(found) > 1 else 0.12), found, s=14, color="0.6", zorder=2)
+        places = place + (np.linspace(-0.12, 0.12, len(found)) if len(found) > 1 else 0.12)
+        panel.scatter(places, found, s=14, color="0.6", zorder=2)
         panel.errorbar(place, stat["mean"], yerr=stat["std"], fmt="o", color="tab:blue", capsize=4, zorder=3)
     if base is not None:
         panel.axhline(base, color="black", linewidth=0.8, linestyle="--", zorder=1)
@@ -166,14 +168,14 @@ def plot_sweep(result, metrics=("mAP", "NDS", "bias_scale")):
     """
     present = [metric for metric in metrics if any(metric in run for run in result["runs"] if run["state"] == "finished")]
     metrics, axes = present or list(metrics[:1]), list(result["axes"])
-    figure, panels = plt.subplots(len(metrics), len(axes), figsize=(2.7 * len(axes) + 0.6, 2.3 * len(metrics) + 0.8), sharey="row",
-                                  squeeze=False, layout="constrained")
+    size = 2.7 * len(axes) + 0.6, 2.3 * len(metrics) + 0.8
+    figure, panels = plt.subplots(len(metrics), len(axes), figsize=size, sharey="row", squeeze=False, layout="constrained")
     names = dict(mAP="mAP", NDS="NDS", bias_scale="scale at the end (logits)")
     for metric, row in zip(metrics, panels):
         base = next((point[metric]["mean"] for point in result["points"] if not point["changed"] and point[metric]), None)
         for axis, panel in zip(axes, row):
             _panel(panel, result, axis, metric, None if result["product"] else base)
-        row[0].set_ylabel(f"{names.get(metric, metric)}" + (f" ({FIGURES[metric]})" if metric not in names and FIGURES[metric] else ""))
+        row[0].set_ylabel(names.get(metric, f"{metric} ({FIGURES[metric]})"))
     number = len(result["seeds"])
     each = "all combinations" if result["product"] else "one axis at a time, dashed: the base point"
     figure.suptitle(f"{number} seed{'s' * (number > 1)} (dots), mean ± standard deviation; {each}", fontsize="medium")

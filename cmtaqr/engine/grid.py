@@ -122,7 +122,7 @@ def grid(axes, base, product=False):
         raise ParameterError(f"two points would share the folder {twice[0]}: rename the file that differs")
     return sorted(found.values(), key=lambda point: bool(point.changed))
 
-# %% ../../nbs/56d_grid.ipynb #83d47a5b
+# %% ../../nbs/56d_grid.ipynb #bb0264e5
 @dataclass(frozen=True)
 class SweepParameters(Parameters):
     """Parameters of `nbs/sweep.ipynb`; build it with `check` or `from_notebook`, which verify every value."""
@@ -130,7 +130,8 @@ class SweepParameters(Parameters):
     work_dir: str | None = option(None, "folder of the sweep; None: the executed notebook's folder")
     axes: dict | list[str] | None = option(None, "parameter: its values, or names of the usual axes; None: all usual axes",
                                            example="{window_size: [5, 8], version: [0, 3]}")
-    base: dict | None = option(None, "train parameters of all runs, over the usual base point", example="{lr: 1.0e-4, freeze: true}")
+    base: dict | None = option(None, "train parameters of all runs, over the usual base point",
+                               example="{lr: 1.0e-4, freeze: true}")
     product: bool = option(False, "all combinations instead of one axis at a time")
     seeds: list[int] | None = option(None, "each point is run with each; None: [0, 1, 2]", low=0, example="[0, 1]")
     config: str = option("cmt_aqr_tiny", "name of a packaged config, or path of a .py file")

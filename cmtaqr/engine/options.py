@@ -45,10 +45,11 @@ def _spell(hint):
     words = {type(None): "None", list[int]: "list of int", list[str]: "list of str"}
     return " or ".join(names) or words.get(hint, getattr(hint, "__name__", str(hint)))
 
-# %% ../../nbs/50_options.ipynb #34b5e4e9
+# %% ../../nbs/50_options.ipynb #ea5a3dd7
 def option(default, text, *, low=None, above=None, choices=None, pattern=None, example=None):
     """Declare a parameter: default, help text, the checks of a single value, and an example where `-p` cannot give one."""
-    return field(default=default, metadata=dict(help=text, low=low, above=above, choices=choices, pattern=pattern, example=example))
+    checks = dict(low=low, above=above, choices=choices, pattern=pattern)
+    return field(default=default, metadata=dict(help=text, example=example, **checks))
 
 
 def _check_value(name, value, meta):

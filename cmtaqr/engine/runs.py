@@ -55,7 +55,7 @@ def _environment(slot, workers):
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": slot[1] or ""}
 
-# %% ../../nbs/56f_runs.ipynb #66b737a8
+# %% ../../nbs/56f_runs.ipynb #bf6ceed0
 def now():
     """Time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -71,11 +71,12 @@ def _command(stage, notebooks, folder):
     """Command of a stage with the parameters in `parameters.json` of its folder; without notebooks, the package's own."""
     file = folder / "parameters.json"
     if notebooks:
-        return [sys.executable, "-m", "papermill", str(notebooks / f"{stage}.ipynb"), str(folder / f"{stage}.ipynb"), "-f", str(file),
-                "--log-output", "--no-progress-bar"]
+        paths = [str(place / f"{stage}.ipynb") for place in (notebooks, folder)]
+        return [sys.executable, "-m", "papermill", *paths, "-f", str(file), "--log-output", "--no-progress-bar"]
     values = json.loads(file.read_text())
     config = values.pop("config", TrainParameters.config)
-    return [sys.executable, "-m", f"cmtaqr.engine.{stage}", config, *(f"{n}={json.dumps(v)}" for n, v in values.items() if v is not None)]
+    words = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return [sys.executable, "-m", f"cmtaqr.engine.{stage}", config, *words]
 
 
 class Run:
@@ -180,7 +181,7 @@ class Run:
             share += self._SHARE[self.status["stage"]] * int(found[-1][0]) / max(1, int(found[-1][1]))
         return share
 
-# %% ../../nbs/56f_runs.ipynb #f7f7e4e0
+# %% ../../nbs/56f_runs.ipynb #b799ed4f
 @contextlib.contextmanager
 def folder_lock(folder):
     """Hold a folder; yields the lock's file number, which keeps it held in the processes that inherit it.
@@ -197,8 +198,8 @@ def folder_lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ParameterError(f"{folder} is in use by process {file.read() or 'unknown'} or a run that it started: wait for it, "
-                                 "or end it") from None
+            raise ParameterError(f"{folder} is in use by process {file.read() or 'unknown'} or a run that it started: wait for "
+                                 "it, or end it") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

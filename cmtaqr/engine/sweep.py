@@ -23,12 +23,12 @@ from .parameters import ParameterError, TrainParameters, nearest, package_root
 from .record import command, git_commit, machine, versions, write_json
 from .runs import Run, execute, folder_lock, now, slots
 
-# %% ../../nbs/56g_sweep.ipynb #b6b970cc
+# %% ../../nbs/56g_sweep.ipynb #858e37d8
 WORLD = dict(keyframes=40, sweeps=0, image_size=[400, 225], radius=25.0, lidar_range=40.0, annotation_range=30.0, seed=0)
 
 
 def shared_data(params, folder):
-    """Absolute data root of all runs, None for the config's own; makes the synthetic world where it is asked for and not complete.
+    """Absolute data root of all runs, None for the config's own; makes the synthetic world where it is asked for.
 
     Raises:
         ParameterError: The world's options are refused.
@@ -63,7 +63,7 @@ def prepare(params, folder):
     """
     notebooks = None if params.plain else Path(params.notebooks or package_root() / "nbs").expanduser().absolute()
     if notebooks and (missing := [stage for stage in Run.STAGES if not (notebooks / f"{stage}.ipynb").is_file()]):
-        raise FileNotFoundError(f"no notebook {notebooks / missing[0]}.ipynb: set notebooks to the nbs folder of the repository, or plain")
+        raise FileNotFoundError(f"no notebook {notebooks / missing[0]}.ipynb: set notebooks to the repository's nbs, or plain")
     if notebooks and not find_spec("papermill"):
         raise ParameterError('papermill is not installed: pip install "cmtaqr[dev]", or set plain, which needs no notebooks')
     shared = dict(data_root=shared_data(params, folder), device=params.device)
@@ -97,7 +97,8 @@ def sweep(params, folder):
         runs = prepare(params, folder)
         claim_folder(params, folder)
         todo = [run for run in runs if run.stage]
-        print(f"{len(runs)} runs in {folder}: {len(runs) - len(todo)} finished before, {len(todo)} to do, {len(places)} at a time", flush=True)
+        print(f"{len(runs)} runs in {folder}: {len(runs) - len(todo)} finished before, {len(todo)} to do, {len(places)} at a time",
+              flush=True)
         try:
             if todo:
                 execute(todo, places, lock)
@@ -110,9 +111,9 @@ def write_sweep(params, folder, started):
     """Read all runs, write table and figure; returns the content of `sweep.json`."""
     import matplotlib.pyplot as plt
     points, seeds = params.points(), list(params.seeds or [0, 1, 2])
-    result = dict(kind="sweep", axes=check_axes(params.axes), base=params.base_point(), product=params.product, seeds=seeds, **collect(points, seeds, folder),
-                  parameters=params.asdict(), versions=versions(), commit=git_commit(), machine=machine(), command=command(),
-                  started=started, ended=now())
+    grid = dict(axes=check_axes(params.axes), base=params.base_point(), product=params.product, seeds=seeds)
+    result = dict(kind="sweep", **grid, **collect(points, seeds, folder), parameters=params.asdict(), versions=versions(),
+                  commit=git_commit(), machine=machine(), command=command(), started=started, ended=now())
     write_json(Path(folder, "sweep.json"), result)
     summary(result).to_csv(Path(folder, "sweep.csv"))
     figure = plot_sweep(result)
@@ -145,7 +146,7 @@ def check_finished(result):
         number = sum(run["state"] != "finished" for run in result["runs"])
         raise SweepError(f"{number} of {len(result['runs'])} runs are not finished; the same call goes on with them\n{text}")
 
-# %% ../../nbs/56g_sweep.ipynb #0ec3e465
+# %% ../../nbs/56g_sweep.ipynb #799b4ebf
 def _value(text):
     """A value from a command line: JSON, Python's True, False and None, or a string."""
     named = {"True": True, "False": False, "None": None}
@@ -166,8 +167,9 @@ def _pairs(items, flag):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m cmtaqr.engine.sweep", description="Train and evaluate every point of a grid with several seeds, side by side; "
-        "the same call goes on with what is not finished. Writes sweep.json, sweep.csv and figures/sweep.png.")
+        prog="python -m cmtaqr.engine.sweep",
+        description="Train and evaluate every point of a grid with several seeds, side by side; the same call goes on with what is not "
+        "finished. Writes sweep.json, sweep.csv and figures/sweep.png.")
     parser.add_argument("work_dir", help="folder of the sweep")
     parser.add_argument("--axis", action="append", metavar="NAME[=V,V...]", help="an axis; without values the usual ones; may be "
                         "repeated; left out: version, bias_scale, learnable_scale, window_size, bias_form, scale_mode")
@@ -176,11 +178,11 @@ def _parser():
     parser.add_argument("--seeds", type=int, nargs="+", help="each point is run with each (0 1 2)")
     parser.add_argument("--world", action="append", metavar="NAME=VALUE", help="option of the synthetic world; may be repeated")
     parser.add_argument("--list", action="store_true", help="only list the runs and their state")
-    parser.add_argument("--plain", action="store_true", help="run `python -m cmtaqr.engine.train` and `eval` instead of notebooks")
+    parser.add_argument("--plain", action="store_true", help="run python -m cmtaqr.engine.train and eval instead of notebooks")
     for field in fields(SweepParameters):
         if field.name in ("config", "max_iters", "data_root", "device", "workers", "notebooks"):
-            kind = int if field.name in ("max_iters", "workers") else str
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=field.metadata["help"])
+            kind, flag = int if field.name in ("max_iters", "workers") else str, f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, type=kind, default=field.default, help=field.metadata["help"])
     return parser
 
 
@@ -204,7 +206,7 @@ def main(arguments=None):
         result = sweep(params, params.work_dir)
         print(readable(result).to_string())
         check_finished(result)
-    except (ParameterError, FileNotFoundError, SweepError) as error:
+    except (ParameterError, OSError, SweepError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
