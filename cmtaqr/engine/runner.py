@@ -176,7 +176,7 @@ def safe_settings(cfg):
     cfg.custom_hooks = hooks + [dict(type=hook.__name__, **given) for hook, given in settings.items() if hook.__name__ not in known]
     return cfg
 
-# %% ../../nbs/52_runner.ipynb #06200c93
+# %% ../../nbs/52_runner.ipynb #0165b26b
 def build_runner(params, cfg):
     """Write `run.json` and build the runner; for training, with the schedule stretched over its iterations.
 
@@ -196,7 +196,7 @@ def build_runner(params, cfg):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.cuda.reset_peak_memory_stats()
     cfg = copy.deepcopy(cfg)
     cfg.experiment_name = f"{Path(cfg.filename).stem}_{os.getpid()}_{next(_runs)}"  # mmengine keeps one logger per name
