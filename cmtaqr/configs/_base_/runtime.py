@@ -17,6 +17,7 @@ custom_hooks = [
     dict(type="FreezeHook"),  # freezes what the variable `frozen` names, if a config has it
     dict(type="ScaleHook"),
     dict(type="HistoryHook"),
+    dict(type="InstrumentsHook"),  # what AQR decides, every 50 iterations; says once that it has nothing to do where there is no AQR
     dict(type="ProgressHook"),
     dict(type="PasteFadeHook"),  # does nothing where the config does not paste
 ]
