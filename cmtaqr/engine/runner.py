@@ -240,7 +240,7 @@ def model_size(model):
                              trainable=sum(t.numel() for t in tensors if t.requires_grad), MiB=round(size, 2)))
     return rows
 
-# %% ../../nbs/52_runner.ipynb #93836f79
+# %% ../../nbs/52_runner.ipynb #1cc2a586
 def _mean_terms(records):
     names = [n for n in records[0] if "loss" in n] if records else []
     return {n: float(np.mean([r[n] for r in records if r.get(n) is not None] or [np.nan])) for n in names}
@@ -255,7 +255,7 @@ def train(runner):
     Returns:
         Dictionary: `iterations`, `epochs`, `samples`, `seconds` and `samples_per_second` (of this call), `loss_first` and
         `loss_last` (loss terms, mean over the first and last tenth of the recorded iterations), `bias_scale`,
-        `skipped_steps` (mixed precision), `peak_memory_mib` and the newest `checkpoint`.
+        `skipped_steps` and `quarantined_samples` (numbers), `peak_memory_mib` and the last `checkpoint`.
     """
     begun = time.perf_counter()
     runner.train()
@@ -263,10 +263,11 @@ def train(runner):
     records = read_history(runner.work_dir)["records"]
     began_at = next(hook.began_at for hook in runner.hooks if isinstance(hook, HistoryHook))
     saved = [hook.last_ckpt for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
+    unread = [len(hook.quarantine) for hook in runner.hooks if isinstance(hook, FaultHook)]
     tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
     return dict(iterations=runner.iter, epochs=round(runner.iter / len(runner.train_dataloader), 2), samples=samples,
                 seconds=round(seconds, 2), samples_per_second=round(samples / seconds, 3),
                 loss_first=_mean_terms(records[:tenth]), loss_last=_mean_terms(records[-tenth:]),
                 bias_scale=records[-1].get("bias_scale") if records else None,
-                skipped_steps=getattr(runner.optim_wrapper, "skipped", 0), peak_memory_mib=peak_memory(),
+                skipped_steps=getattr(runner.optim_wrapper, "skipped", 0), quarantined_samples=sum(unread), peak_memory_mib=peak_memory(),
                 checkpoint=saved[0] if saved else None)
