@@ -6,8 +6,7 @@
 __all__ = ['LoadLidarPoints', 'LoadLidarSweeps', 'LoadCameraImages', 'image_matrix', 'resize_crop_flip', 'ResizeCropFlipImage',
            'GlobalRotScaleTransImage', 'RandomFlip3DImage', 'AssembleLidar2Img', 'ModalityMask', 'PackFrames']
 
-# %% ../../nbs/44_transforms.ipynb #184107c1
-import copy
+# %% ../../nbs/44_transforms.ipynb #9d4ba9af
 import cv2
 import numpy as np
 import torch
@@ -58,7 +57,7 @@ class LoadLidarPoints(_CheckedReader, LoadPointsFromFile):
     def __init__(self, nan='raise'):
         super().__init__(coord_type='LIDAR', load_dim=5, use_dim=5, nan=nan)
 
-# %% ../../nbs/44_transforms.ipynb #f1003e6e
+# %% ../../nbs/44_transforms.ipynb #7dd63d5e
 @TRANSFORMS.register_module(force=True)
 class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
     """Adds earlier LiDAR measurements in key-frame coordinates; column 4 becomes the age in seconds (0 for the key frame).
@@ -74,7 +73,7 @@ class LoadLidarSweeps(_CheckedReader, LoadPointsFromMultiSweeps):
 
     def transform(self, results):
         stored = results.get('lidar_sweeps', [])
-        results['lidar_sweeps'] = copy.deepcopy(stored)
+        results['lidar_sweeps'] = [dict(sweep, lidar_points=dict(sweep['lidar_points'])) for sweep in stored]
         for sweep in results['lidar_sweeps']:
             # mmdet3d computes R @ p - lidar2sensor[:3, 3]: the inverse transform only if that column holds minus its translation
             inverse = np.linalg.inv(sweep['lidar_points']['lidar2sensor'])
