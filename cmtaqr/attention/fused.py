@@ -6,13 +6,14 @@
 __all__ = ['BLOCK', 'TILE', 'LAUNCH', 'Launch', 'launch_for', 'attention_op', 'attention_backward_op', 'plan_op', 'plan_bias',
            'fused_attention']
 
-# %% ../../nbs/15_fused.ipynb #e9ad4ee3
+# %% ../../nbs/15_fused.ipynb #c17319ed
 import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
@@ -81,13 +82,8 @@ def _options(q, ignored, kind):
     return dict(KIND=kind, MASKED=ignored.numel() > 0, DIM=q.shape[-1], BLOCK=BLOCK, TILE=TILE,
                 PRECISION='ieee' if q.dtype == torch.float32 else 'tf32')
 
-# %% ../../nbs/15_fused.ipynb #e72c1836
-@torch.library.custom_op('cmtaqr::attention', mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor, ignored: Tensor,
-                 layout: list[int], decay: list[float], kind: int, scale: float,
-                 exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, Q, D], the same in fp32 (with `exact`; without it there is no backward pass), and log-sum-exp [B, H, Q] (base 2,
-    fp32) of attention; see `fused_attention`."""
+# %% ../../nbs/15_fused.ipynb #fb4aebb5
+def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact):
     batch, heads, queries, dim = q.shape
     launch = launch_for(dim, q.dtype)
     out, wide, lse = _empty_outputs(q, exact)
@@ -108,16 +104,21 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
     return out, wide, lse
 
 
+@torch.library.custom_op('cmtaqr::attention', mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor, ignored: Tensor,
+                 layout: list[int], decay: list[float], kind: int, scale: float,
+                 exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, Q, D], the same in fp32 (with `exact`; without it there is no backward pass), and log-sum-exp [B, H, Q] (base 2,
+    fp32) of attention; see `fused_attention`."""
+    return _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact)
+
+
 @attention_op.register_fake
 def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact=True):
     return _empty_outputs(q, exact)
 
-# %% ../../nbs/15_fused.ipynb #f25625ad
-@torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
-def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
-                          ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
-                          wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and value; empty tensors in place of the pairs (q, value) or (k, v) where `wants` asks for neither."""
+# %% ../../nbs/15_fused.ipynb #ead3333b
+def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants):
     batch, heads, queries, dim = q.shape
     keys, launch, windowed = k.shape[2], launch_for(dim, q.dtype), kind in (1, 2)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -152,6 +153,14 @@ def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: 
             *ordered, k, v, centres, ranges, ignored, dk, dv, *_strides(k, v, dk), batch, heads, keys, padded, blocks, scale,
             layout[0] + layout[4], layout[0], *maps, **options, **_compiler(launch.key))
     return dq, dk, dv, dvalue
+
+
+@torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
+def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
+                          ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
+                          wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and value; empty tensors in place of the pairs (q, value) or (k, v) where `wants` asks for neither."""
+    return _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants)
 
 
 def _empty_query_gradients(q, value, wants):
@@ -193,6 +202,28 @@ def _backward(ctx, grad, *_):
 
 attention_op.register_autograd(_backward, setup_context=_setup)
 
+# %% ../../nbs/15_fused.ipynb #a20df9ce
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        out, *kept = _attention(*inputs)
+        ctx.save_for_backward(*inputs[:8], *kept)
+        ctx.settings = inputs[8:12]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        wants = list(ctx.needs_input_grad[:4])
+        grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings, wants)
+        return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
+
+
+def _observed(q):
+    """Whether somebody looks at the operations: a compiler, a dispatch mode, a transform, or a tensor that is more than one."""
+    looked_at = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return looked_at or type(q) not in (Tensor, torch.nn.Parameter) or bool(_get_current_dispatch_mode_stack())
+
 # %% ../../nbs/15_fused.ipynb #b87554c8
 @torch.library.custom_op('cmtaqr::plan_windows', mutates_args=())
 def plan_op(cells: Tensor, seen: Tensor, layout: list[int], block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,10 +238,11 @@ def _(cells, seen, layout, block, tile):
     return (seen.new_empty((layout[0] > 0) + (layout[4] > 0), batch, blocks * block, dtype=torch.int32),
             seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32), seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #000f6d21
+# %% ../../nbs/15_fused.ipynb #98f0f63d
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
-    return plan_op(bias.windows.cells.contiguous(), bias.windows.seen.contiguous(), layout_numbers(bias.windows), BLOCK, TILE)
+    plan = plan_op if _observed(bias.windows.cells) else plan_windows
+    return plan(bias.windows.cells.contiguous(), bias.windows.seen.contiguous(), layout_numbers(bias.windows), BLOCK, TILE)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, key_mask: Tensor | None = None,
@@ -252,4 +284,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
         numbers = [1, 1, k.shape[2], 1, 0, 1, 1, 1]
     ignored = nothing if key_mask is None else key_mask.contiguous()
     exact = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, value))
-    return attention_op(q, k, v, value, order, centres, ranges, ignored, numbers, decay, kind, scale, exact)[0]
+    inputs = q, k, v, value, order, centres, ranges, ignored, numbers, decay, kind, scale, exact
+    if _observed(q):
+        return attention_op(*inputs)[0]
+    return _Eager.apply(*inputs) if exact else _attention(*inputs)[0]
