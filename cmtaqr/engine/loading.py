@@ -6,12 +6,13 @@
 __all__ = ['CONFIGS', 'make_data', 'training_frames', 'stage_times', 'loader_pace', 'needs', 'sentence', 'measure', 'main',
            'plot_loading']
 
-# %% ../../nbs/58d_loading.ipynb #9afd42cd
+# %% ../../nbs/58d_loading.ipynb #47c6af93
 import argparse
 import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -72,8 +73,8 @@ def training_frames(config, root):
     init_default_scope("mmdet3d")
     return DATASETS.build(with_data(cfg).train_dataloader.dataset)
 
-# %% ../../nbs/58d_loading.ipynb #a4da5abd
-def stage_times(dataset, samples=12, warmup=2):
+# %% ../../nbs/58d_loading.ipynb #5cc59b6a
+def stage_times(dataset, samples=12, warmup=6):
     """Time of each transform.
 
     Args:
@@ -93,9 +94,9 @@ def stage_times(dataset, samples=12, warmup=2):
                   dict(box_type_3d=dataset.box_type_3d, box_mode_3d=dataset.box_mode_3d))]
         results = None
         for name, step in steps + [(type(t).__name__, t) for t in dataset.pipeline.transforms]:
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu, wall = time.thread_time(), time.perf_counter()
             results = step(results)
-            spent.setdefault(name, []).append((1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)))
+            spent.setdefault(name, []).append((1e3 * (time.thread_time() - cpu), 1e3 * (time.perf_counter() - wall)))
             if name == "read the list":
                 files = [results["lidar_points"]["lidar_path"], *(s["lidar_points"]["lidar_path"] for s in results["lidar_sweeps"]),
                          *(v["img_path"] for v in results["images"].values())]
@@ -135,7 +136,7 @@ def loader_pace(dataset, workers, batch, samples_each=16):
         pass
     return round(count / (time.perf_counter() - begun), 3)
 
-# %% ../../nbs/58d_loading.ipynb #6442cd25
+# %% ../../nbs/58d_loading.ipynb #65896c48
 def needs(configs, training, gpus=8):
     """Cores for loading, by what is trained.
 
@@ -146,8 +147,8 @@ def needs(configs, training, gpus=8):
 
     Returns:
         list[dict]: config, batch, what (full or frozen), samples_per_second of a GPU, ms_per_sample, cores_per_gpu, workers_per_gpu
-        (whole ones that leave the GPU idle for less than 5 %), cores_per_node with the training processes, read_mib_per_second of a
-        node.
+        (whole ones that leave the GPU idle for less than 5 %), idle (share of the time, with the config's own number of workers),
+        cores_per_node with the training processes, read_mib_per_second of a node.
     """
     rows = []
     for record in training:
@@ -161,8 +162,8 @@ def needs(configs, training, gpus=8):
         workers = math.ceil(0.95 * cores)
         rows.append(dict(config=record["config"], batch=record["batch"], what="frozen" if record["frozen"] else "full",
                          samples_per_second=pace, ms_per_sample=round(1e3 * seconds, 1), cores_per_gpu=round(cores, 2),
-                         workers_per_gpu=workers, cores_per_node=gpus * (workers + 1),
-                         read_mib_per_second=round(gpus * pace * own["read_mib"], 1)))
+                         workers_per_gpu=workers, idle=round(max(0.0, 1 - own["num_workers"] / cores), 3),
+                         cores_per_node=gpus * (workers + 1), read_mib_per_second=round(gpus * pace * own["read_mib"], 1)))
     return rows
 
 
@@ -173,7 +174,7 @@ def sentence(rows, gpus=8):
             f"training process per GPU) and {worst['read_mib_per_second']:.0f} MiB/s of reading for {worst['config']}, {worst['what']}, "
             f"batch {worst['batch']}, the most demanding of these; all others need no more cores.")
 
-# %% ../../nbs/58d_loading.ipynb #a30b5fca
+# %% ../../nbs/58d_loading.ipynb #58d9f7e6
 def measure(file, configs=CONFIGS, data=None, training=None, workers=None, samples=12, gpus=8):
     """Measure loading, and write the file after each config.
 
@@ -201,15 +202,19 @@ def measure(file, configs=CONFIGS, data=None, training=None, workers=None, sampl
         if data is None:
             data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loading")), "world")
             begun = time.perf_counter()
-            make_data(data)
+            making = multiprocessing.get_context("spawn").Process(target=make_data, args=(data,))  # its threads end with it
+            making.start()
+            making.join()
+            if making.exitcode:
+                raise OSError(f"the frames could not be made in {data}, the message is above: is the disk full?")
             print(f"frames made in {time.perf_counter() - begun:.0f} s", flush=True)
         for config in configs:
-            dataset = training_frames(config, data)
-            found = result["configs"][config] = stage_times(dataset, samples) | dict(paces=[])
+            dataset, cfg = training_frames(config, data), load_config(config)
+            found = result["configs"][config] = stage_times(dataset, samples) | dict(num_workers=cfg.num_workers, paces=[])
             print(f"{config}: {found['cpu_ms_per_sample']:.0f} ms of a core per sample "
                   f"({found['wall_ms_per_sample']:.0f} ms on the wall), {found['read_mib']:.1f} MiB read", flush=True)
             for number in workers:
-                pace = loader_pace(dataset, number, load_config(config).batch_size, samples)
+                pace = loader_pace(dataset, number, cfg.batch_size, samples)
                 # where others compute, or the main process has no core left, the pace says nothing about a core
                 found["paces"].append(dict(workers=number, samples_per_second=pace, free=load + number < cores))
                 print(f"{config}: {pace:.1f} samples/s with {number} worker(s)", flush=True)
