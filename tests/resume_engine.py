@@ -1,7 +1,7 @@
 """A model with dropout and noisy data, and a program that trains it and dies where it is told to: what `test_resume.py` breaks.
 
-`python tests/resume_engine.py '[{"config": ..., "work_dir": ..., "die": [7, "before_train_iter"]}, ...]'` trains one run after the
-other, on several processes where RANK and WORLD_SIZE are set.
+`python tests/resume_engine.py '[{"config": ..., "work_dir": ..., "die": [7, "before_train_iter"]}, ...]'` trains one run after
+the other, on several processes where RANK and WORLD_SIZE are set.
 """
 import json
 import os
@@ -71,7 +71,8 @@ custom_imports = dict(imports=["cmtaqr.engine", "resume_engine"], allow_failed_i
 data_root = "data/toy"
 model = dict(type="NoisyDetector", spoiled={spoiled})
 train_dataloader = dict(batch_size=4, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
-                        dataset=dict(type="NoisyPoints", data_root=data_root, ann_file="train.pkl", unreadable={unreadable}, deadly={deadly}))
+                        dataset=dict(type="NoisyPoints", data_root=data_root, ann_file="train.pkl", unreadable={unreadable},
+                                     deadly={deadly}))
 val_cfg = None
 test_cfg = None
 optim_wrapper = dict(optimizer=dict(lr=0.01))
@@ -99,7 +100,7 @@ class Trouble(Hook):
     die, full = None, None
 
     def _at(self, runner, stage):
-        if self.die == [runner.iter, stage]:
+        if self.die and self.die[:2] == [runner.iter, stage] and int(os.environ.get("RANK", 0)) in (self.die[2:] or [0, 1]):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.full and stage == "before_train_iter":
             first, last = self.full

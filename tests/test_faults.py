@@ -24,7 +24,8 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert [file.name for file in checkpoints(tmp_path / "toy")] == ["iter_12.pth", "iter_9.pth"]
     values["work_dir"] = str(tmp_path / "end")
     (status,), (output,) = finish(start([values | dict(full=[10, 99])]))
-    assert status == 1 and "the last checkpoint was not saved" in output and newest_checkpoint(tmp_path / "end").name == "iter_9.pth"
+    assert status == 1 and "the last checkpoint was not saved" in output
+    assert newest_checkpoint(tmp_path / "end").name == "iter_9.pth"
 
 
 def test_unreadable_samples(tmp_path):
@@ -57,6 +58,11 @@ def test_lost_worker_ends_with_its_cause(tmp_path):
         train_toy(**write_toy(tmp_path, deadly=[9]) | dict(epochs=1, num_workers=1))
 
 
+def test_lost_process_ends_the_other_with_its_cause(tmp_path):
+    status, output = finish(start([write_toy(tmp_path) | dict(epochs=2, die=[4, "before_train_iter", 1])], 2))
+    assert status == [1, -signal.SIGKILL] and "LostProcess: process 0 lost another process of the run" in output[0], output
+
+
 @pytest.mark.gpu
 def test_out_of_memory_on_a_gpu(tmp_path, cuda):
     class Greedy(torch.nn.Module):
@@ -66,5 +72,6 @@ def test_out_of_memory_on_a_gpu(tmp_path, cuda):
     params = TrainParameters.check(write_toy(tmp_path) | dict(max_iters=3, device="cuda"))
     runner = build_runner(params, run_config(params))
     runner.model.head.register_forward_pre_hook(lambda *_: Greedy()(None))
-    with pytest.raises(OutOfMemory, match="(?s)out of GPU memory in the forward pass.*Tried to allocate.*activations and the rest.*batch_size"):
+    message = "(?s)out of GPU memory in the forward pass.*Tried to allocate.*activations and the rest.*batch_size"
+    with pytest.raises(OutOfMemory, match=message):
         runner.train()

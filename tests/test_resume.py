@@ -38,7 +38,8 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, length):
 
 
 def test_killed_before_and_after_a_checkpoint(tmp_path):
-    values, newest = write_toy(tmp_path) | dict(epochs=2), dict(before_save_checkpoint="iter_6.pth", after_train_iter="iter_9.pth")
+    values = write_toy(tmp_path) | dict(epochs=2)
+    newest = dict(before_save_checkpoint="iter_6.pth", after_train_iter="iter_9.pth")
     whole = train_toy(**values)
     started = [start([values | dict(work_dir=str(tmp_path / stage), die=[8, stage])])[0] for stage in newest]
     status, output = finish(started)
@@ -136,7 +137,8 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
     with pytest.raises(BrokenCheckpoint, match="iter_6.pth is broken: it is cut off"):
         resumed(resume=False, checkpoint=str(newest))
     (tmp_path / "kept" / "iter_3.pth").write_text("no checkpoint")
-    with pytest.raises(BrokenCheckpoint, match="no checkpoint in .* is intact: .*iter_3.pth: torch.save did not write it; .*iter_6.pth: it is cut off"):
+    message = "no checkpoint in .* is intact: .*iter_3.pth: torch.save did not write it; .*iter_6.pth: it is cut off"
+    with pytest.raises(BrokenCheckpoint, match=message):
         resumed()
 
 

@@ -42,8 +42,8 @@ def test_killed_and_resumed(values):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert newest_checkpoint(killed["work_dir"]).name == "iter_2.pth"
     resumed = train_toy(**killed | dict(resume=True, num_workers=1))
-    losses = [[{k: v for k, v in record.items() if "loss" in k or "bias" in k or k == "grad_norm"} for record in read_history(folder)["records"]]
-              for folder in (values["work_dir"], killed["work_dir"])]
+    losses = [[{k: v for k, v in record.items() if "loss" in k or "bias" in k or k == "grad_norm"}
+               for record in read_history(folder)["records"]] for folder in (values["work_dir"], killed["work_dir"])]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     assert all(map(torch.equal, whole.model.state_dict().values(), resumed.model.state_dict().values()))
 

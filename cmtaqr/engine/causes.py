@@ -15,7 +15,7 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/51f_causes.ipynb #175f0ff1
+# %% ../../nbs/51f_causes.ipynb #14c15a02
 class OutOfMemory(RuntimeError):
     """A GPU's memory did not suffice; the message says what held it."""
 
@@ -47,8 +47,11 @@ def _place(error, model):
         functions.add(trace.tb_frame.f_code.co_name)
         found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
         trace = trace.tb_next
-    stage = "the backward pass" if "backward" in functions else "the optimiser's step" if "step" in functions else "the forward pass"
-    return f"{stage} of {found}" if found and stage == "the forward pass" else stage
+    if "backward" in functions:
+        return "the backward pass"
+    if "step" in functions:
+        return "the optimiser's step"
+    return f"the forward pass of {found}" if found else "the forward pass"
 
 
 def memory_report(error, runner):
@@ -57,15 +60,16 @@ def memory_report(error, runner):
     table = held_memory(model, runner.optim_wrapper.optimizer)
     lines = [f"out of GPU memory in {_place(error, model)}: {' '.join(re.split(r'[.] ', str(error))[:2])}",
              f"{'MiB held by':24}{'parameters':>12}{'gradients':>12}{'buffers':>12}{'optimiser':>12}"]
-    lines += [f"{row['part']:24}" + "".join(f"{row[k]:12.1f}" for k in ("parameters", "gradients", "buffers", "optimiser")) for row in table]
+    kinds = "parameters", "gradients", "buffers", "optimiser"
+    lines += [f"{row['part']:24}" + "".join(f"{row[kind]:12.1f}" for kind in kinds) for row in table]
     advice = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         free, size = (value / 2**20 for value in torch.cuda.mem_get_info())
         peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
-        activations = peak - sum(table[-1][k] for k in ("parameters", "gradients", "buffers", "optimiser"))
+        activations = peak - sum(table[-1][kind] for kind in kinds)
         unused, others = reserved - torch.cuda.memory_allocated() / 2**20, size - free - reserved
-        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved and not used: {unused:.0f}; other programs and "
-                     f"the driver: {others:.0f}; the GPU has {size:.0f}")
+        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved and not used: {unused:.0f}; other programs "
+                     f"and the driver: {others:.0f}; the GPU has {size:.0f}")
         advice += ["stop the other programs on this GPU (nvidia-smi)"] * (others > 0.1 * size)
         advice += ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory is lost between blocks)"] * (unused > 0.1 * size)
     batch = runner.train_dataloader.batch_size
@@ -75,7 +79,7 @@ def memory_report(error, runner):
     advice += ["frozen backbones"] * all(p.requires_grad for p in model.parameters()) + ["smaller images or fewer queries"]
     return "\n".join([*lines, f"What to change, the first helps most: {'; '.join(advice)}"])
 
-# %% ../../nbs/51f_causes.ipynb #079677f5
+# %% ../../nbs/51f_causes.ipynb #c91bb823
 class LostProcess(RuntimeError):
     """A process that a run needs has ended."""
 
@@ -94,7 +98,7 @@ def _cause(message):
     if "Bus error" in message or "insufficient shared memory" in message:
         shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
         room = f" ({shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MiB are free)" if shared else ""
-        return f"shared memory, /dev/shm, did not suffice{room}: start the container with a larger --shm-size, or use fewer num_workers"
+        return f"shared memory, /dev/shm, did not suffice{room}: start the container with a larger --shm-size, or use fewer workers"
     if "Killed" in message:
         kills, free = _first_number("/sys/fs/cgroup/memory.events", "oom_kill"), _first_number("/proc/meminfo", "MemAvailable")
         told = f"; {free / 2**10:.0f} MiB are available now" if free else ""
@@ -124,6 +128,6 @@ def explained(runner):
             end = re.search(r"DataLoader worker \(pid[^)]*\)?[^)]*\) [^.]*", first)
             raise LostProcess(f"{end[0] if end else first}: {_cause(first)}") from error
         if re.search(r"[Cc]onnection (closed|reset|refused)|remote process exited", message):
-            raise LostProcess(f"process {get_rank()} lost another process of the run: the cause is in the log of the one that ended first "
-                              f"({message.splitlines()[0][:200]})") from error
+            raise LostProcess(f"process {get_rank()} lost another process of the run: the cause is in the log of the one that ended "
+                              f"first ({message.splitlines()[0][:200]})") from error
         raise

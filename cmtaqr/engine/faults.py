@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .safe_files import write_whole
 
-# %% ../../nbs/51e_faults.ipynb #131a662c
+# %% ../../nbs/51e_faults.ipynb #64f649d8
 class FiniteGuard:
     """Takes a step of an optimiser wrapper only if loss and gradients are finite on every process; a mixin, to be named first.
 
@@ -29,8 +29,8 @@ class FiniteGuard:
         steps (int): Updates that were due.
         skipped (int): Those that were skipped.
         updated (bool): Whether an update was due in the last iteration (with accumulation, not in every one).
-        fault (dict | None): If it was skipped: `loss` (bool, not finite somewhere), `gradients` (parts of the model with a gradient that
-            is not finite on this process).
+        fault (dict | None): If it was skipped: `loss` (bool, not finite somewhere), `gradients` (parts of the model with a
+            gradient that is not finite on this process).
     """
 
     steps = skipped = 0
@@ -112,7 +112,7 @@ def sample_names(batch):
     metas = [getattr(sample, "metainfo", {}) for sample in samples or ()]
     return [str(meta.get("token") or meta.get("sample_idx", "without a name")) for meta in metas]
 
-# %% ../../nbs/51e_faults.ipynb #3cb25117
+# %% ../../nbs/51e_faults.ipynb #8b72c8de
 class QuarantineFull(RuntimeError):
     """More samples of a run cannot be read than it accepts."""
 
@@ -171,8 +171,8 @@ class FaultHook(Hook):
                                       f"({len(self.quarantine)} so far, at most {self._limit})")
         if faults and len(self.quarantine) > self._limit:
             first = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(self.quarantine.items())[:5])
-            raise QuarantineFull(f"{len(self.quarantine)} samples cannot be read, at most {self._limit} may be. All are listed in "
-                                 f"{self.file}; restore them and resume. The first: {first}")
+            raise QuarantineFull(f"{len(self.quarantine)} samples cannot be read, at most {self._limit} may be. All are listed "
+                                 f"in {self.file}; restore them and resume. The first: {first}")
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Report a skipped step; stop after too many."""
@@ -192,12 +192,15 @@ class FaultHook(Hook):
         scaled = getattr(wrapper, "dynamic", False)
         (runner.logger.info if scaled and event["overflow"] else runner.logger.warning)(self._text(event))
         if self.row >= self.in_a_row:
-            raise FloatingPointError(f"{self._text(event)}. {self.row} steps in a row were skipped: the weights are as before them. Lower "
-                                     f"lr, or use precision fp32 or bf16; all events are in {self.file}, the course in history.json")
+            raise FloatingPointError(
+                f"{self._text(event)}. {self.row} steps in a row were skipped: the weights are as before them. Lower lr, or use "
+                f"precision fp32 or bf16; all events are in {self.file}, the course in history.json")
 
     @staticmethod
     def _text(event):
         processes = event["processes"]
-        terms = sorted({term for p in processes for term in p["terms"]}) or [f"gradient of {g}" for g in processes[0]["gradients"]]
-        where = [f"process {r}: {', '.join(p['samples']) or 'no names'}" for r, p in enumerate(processes) if p["terms"] or event["overflow"]]
+        terms = sorted({term for p in processes for term in p["terms"]})
+        terms = terms or [f"gradient of {part}" for part in processes[0]["gradients"]]
+        where = [f"process {rank}: {', '.join(p['samples']) or 'no names'}" for rank, p in enumerate(processes)
+                 if p["terms"] or event["overflow"]]
         return f"iteration {event['iter']}: {', '.join(terms)} not finite, step skipped; samples of {'; '.join(where)}"

@@ -171,7 +171,7 @@ def read_history(folder, filename="history.json"):
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/51_hooks.ipynb #23d50a49
+# %% ../../nbs/51_hooks.ipynb #ee0ff2cc
 def _batch_size(batch):
     while isinstance(batch, dict):
         batch = next(iter(batch.values()))
@@ -188,8 +188,8 @@ class HistoryHook(Hook):
         seconds: Write the file at most this often while training, and more rarely where a long history takes long to write.
 
     Raises:
-        FloatingPointError: A recorded loss is NaN or infinite and its step was taken (an optimiser wrapper with a guard skips it, see
-            `cmtaqr.engine.faults`); the history up to there is written.
+        FloatingPointError: A recorded loss is NaN or infinite and its step was taken (an optimiser wrapper with a guard skips
+            it, see `cmtaqr.engine.faults`); the history up to there is written.
     """
 
     priority = "BELOW_NORMAL"

@@ -102,7 +102,7 @@ class FileLogRunner(Runner):
         with explained(self):
             return super().train()
 
-# %% ../../nbs/52_runner.ipynb #9f473b2c
+# %% ../../nbs/52_runner.ipynb #0c0ed9f1
 class _UnscaledStep(AmpOptimWrapper):
     def step(self, **kwargs):
         if self.clip_grad_kwargs:
@@ -113,7 +113,7 @@ class _UnscaledStep(AmpOptimWrapper):
 
 @OPTIM_WRAPPERS.register_module(force=True)
 class MixedPrecisionWrapper(FiniteGuard, _UnscaledStep):
-    """mmengine's `AmpOptimWrapper`, on a CPU too, with the guard of `FiniteGuard`: `skipped` counts the steps that were not finite.
+    """mmengine's `AmpOptimWrapper`, on a CPU too, with the guard of `FiniteGuard`: `skipped` counts steps that were not finite.
 
     Args:
         device (str): 'cuda' or 'cpu'.
@@ -142,7 +142,7 @@ class MixedPrecisionWrapper(FiniteGuard, _UnscaledStep):
     def _leave_out(self):
         self.loss_scaler.update(self._scale_update_param)  # a dynamic scale is halved
 
-# %% ../../nbs/52_runner.ipynb #c87f2104
+# %% ../../nbs/52_runner.ipynb #33c8ba1c
 def _named(cfg, owner):
     return str(getattr(cfg.get("type", owner), "__name__", cfg.get("type", owner)))
 
@@ -158,7 +158,8 @@ def safe_settings(cfg):
     """
     loop, loader, hooks = cfg.train_cfg, cfg.train_dataloader, list(cfg.get("custom_hooks") or [])
     endless = _named(loop, "") in ("IterBasedTrainLoop", IterationLoop.__name__)
-    loop.type = IterationLoop.__name__ if endless else EpochLoop.__name__ if _named(loop, "") == "EpochBasedTrainLoop" else loop.type
+    if endless or _named(loop, "") == "EpochBasedTrainLoop":
+        loop.type = (IterationLoop if endless else EpochLoop).__name__
     if _named(loader.sampler, "") in ("DefaultSampler", "InfiniteSampler"):
         loader.sampler = dict(type=PlacedSampler.__name__, shuffle=loader.sampler.get("shuffle", True), endless=endless)
     if _named(loader.dataset, "") != SteadySamples.__name__:
@@ -173,7 +174,8 @@ def safe_settings(cfg):
         saving.type = SafeCheckpointHook.__name__
     settings = {StateHook: dict(strict=cfg.get("exact_resume", True)), FaultHook: {}}
     known = {_named(hook, "") if isinstance(hook, dict) else type(hook).__name__ for hook in hooks}
-    cfg.custom_hooks = hooks + [dict(type=hook.__name__, **given) for hook, given in settings.items() if hook.__name__ not in known]
+    missing = [hook for hook in settings if hook.__name__ not in known]
+    cfg.custom_hooks = hooks + [dict(type=hook.__name__, **settings[hook]) for hook in missing]
     return cfg
 
 # %% ../../nbs/52_runner.ipynb #0165b26b
@@ -240,7 +242,7 @@ def model_size(model):
                              trainable=sum(t.numel() for t in tensors if t.requires_grad), MiB=round(size, 2)))
     return rows
 
-# %% ../../nbs/52_runner.ipynb #1cc2a586
+# %% ../../nbs/52_runner.ipynb #45f0302a
 def _mean_terms(records):
     names = [n for n in records[0] if "loss" in n] if records else []
     return {n: float(np.mean([r[n] for r in records if r.get(n) is not None] or [np.nan])) for n in names}
@@ -269,5 +271,5 @@ def train(runner):
                 seconds=round(seconds, 2), samples_per_second=round(samples / seconds, 3),
                 loss_first=_mean_terms(records[:tenth]), loss_last=_mean_terms(records[-tenth:]),
                 bias_scale=records[-1].get("bias_scale") if records else None,
-                skipped_steps=getattr(runner.optim_wrapper, "skipped", 0), quarantined_samples=sum(unread), peak_memory_mib=peak_memory(),
-                checkpoint=saved[0] if saved else None)
+                skipped_steps=getattr(runner.optim_wrapper, "skipped", 0), quarantined_samples=sum(unread),
+                peak_memory_mib=peak_memory(), checkpoint=saved[0] if saved else None)

@@ -106,7 +106,7 @@ def verify(file):
         raise BrokenCheckpoint(f"checkpoint {file} is broken: {fault}. Take another one, or resume from the folder: the newest "
                                "intact checkpoint in it is found")
 
-# %% ../../nbs/50d_safe_files.ipynb #07b64d3c
+# %% ../../nbs/50d_safe_files.ipynb #93c11f6d
 class NotWritten(OSError):
     """A file could not be written; what stood there before is untouched."""
 
@@ -135,8 +135,8 @@ def write_whole(file, pieces):
     except OSError as error:
         part.unlink(missing_ok=True)
         size, free = sum(map(len, pieces)) / 2**20, shutil.disk_usage(file.parent).free / 2**20 if file.parent.is_dir() else 0.0
-        raise NotWritten(f"{file} not written: {error.strerror or error} (needs {size:.1f} MiB, the disk has {free:.1f} MiB free); "
-                         "free some space, or choose a work_dir on another disk") from error
+        raise NotWritten(f"{file} not written: {error.strerror or error} (needs {size:.1f} MiB, the disk has {free:.1f} MiB "
+                         "free); free some space, or choose a work_dir on another disk") from error
 
 
 def _force_folder(folder):

@@ -84,12 +84,12 @@ def seeded(*key):
         np.random.set_state(before[1])
         torch.default_generator.set_state(before[2])
 
-# %% ../../nbs/51c_samples.ipynb #c0039755
+# %% ../../nbs/51c_samples.ipynb #5c7c9f77
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 def _prepare(dataset, done):
-    """Let pasting draw anew, whatever this process has drawn before, and end at its share of the run (`done`, None if unknown)."""
+    """Let pasting draw anew, whatever this process drew before, and end at its share of the run (`done`, None if unknown)."""
     inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
     for step in getattr(getattr(dataset, "pipeline", None), "transforms", ()):
         getattr(getattr(step, "db_sampler", None), "sampler_dict", {}).clear()

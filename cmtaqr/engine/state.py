@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .record import versions
 from .safe_files import NotWritten, checkpoints, remove_parts, write_whole
 
-# %% ../../nbs/51d_state.ipynb #1728a40b
+# %% ../../nbs/51d_state.ipynb #4bbe6785
 def random_state():
     """State of the generators of this process: Python's, NumPy's, torch's, and that of its current GPU.
 
@@ -39,12 +39,13 @@ def set_random_state(state):
     """Put all generators back to a `random_state`."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), numpy["place"], numpy["has_gauss"], numpy["cached"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["place"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../../nbs/51d_state.ipynb #dab3c9eb
+# %% ../../nbs/51d_state.ipynb #d70834dd
 _DECIDING = ("python", "torch", "cuda", "numpy", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "cmtaqr")
 
 
@@ -65,7 +66,8 @@ def _division(runner):
     """How the samples of a run are divided, in words that an error can use."""
     loader, wrapper = runner.train_dataloader, runner.optim_wrapper
     return {"processes": get_world_size(), "batch size": loader.batch_size, "samples": len(loader.dataset),
-            "resampled order": _resampling(loader.dataset), "runs by": "iterations" if getattr(loader.sampler, "endless", False) else "epochs",
+            "resampled order": _resampling(loader.dataset),
+            "runs by": "iterations" if getattr(loader.sampler, "endless", False) else "epochs",
             "accumulated steps": getattr(wrapper, "_accumulative_counts", 1)}
 
 
@@ -77,9 +79,9 @@ def _programs(runner):
 
 
 def _changed(saved, here):
-    return [f"{name} was {saved.get(name)}, is {here.get(name)}" for name in {**saved, **here} if saved.get(name) != here.get(name)]
+    return [f"{k} was {saved.get(k)}, is {here.get(k)}" for k in {**saved, **here} if saved.get(k) != here.get(k)]
 
-# %% ../../nbs/51d_state.ipynb #ce8296aa
+# %% ../../nbs/51d_state.ipynb #e29a8433
 @HOOKS.register_module(force=True)
 class StateHook(Hook):
     """Keep in every checkpoint what a run needs to go on bit by bit, and put it back on resume.
@@ -122,16 +124,16 @@ class StateHook(Hook):
         """Check that the checkpoint is one of such a run; take the state of this process."""
         state = checkpoint.get("exact")
         if not isinstance(state, dict) or state.get("format") != 1 or not state.get("processes"):
-            raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another program or "
-                              "version wrote it. Start a new run from its weights instead: resume=False, checkpoint=<file>")
+            raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another program "
+                              "or version wrote it. Start a new run from its weights instead: resume=False, checkpoint=<file>")
         if changed := _changed(state["division"], _division(runner)):
-            raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it was made "
-                              "with, or start a new run from its weights: resume=False, checkpoint=<file>")
+            raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it "
+                              "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
         if changed := _changed(state["programs"], _programs(runner)):
             text = f"the checkpoint was made with something else: {', '.join(changed)}"
             if self.strict:
-                raise ResumeError(f"{text}. Install and choose the same for the same numbers, or accept others: exact_resume = False in "
-                                  "the config")
+                raise ResumeError(f"{text}. Install and choose the same for the same numbers, or accept others: "
+                                  "exact_resume = False in the config")
             runner.logger.warning(f"{text}; the numbers will differ from those of an uninterrupted run")
         own = state["processes"][get_rank()]
         self._restore = own
@@ -167,7 +169,7 @@ class StateHook(Hook):
             set_random_state(self._kept)
             self._kept = None
 
-# %% ../../nbs/51d_state.ipynb #7f72a902
+# %% ../../nbs/51d_state.ipynb #34ab1c58
 @HOOKS.register_module(force=True)
 class SafeCheckpointHook(CheckpointHook):
     """mmengine's `CheckpointHook`, writing whole and checked files, and removing old ones last.
@@ -190,9 +192,6 @@ class SafeCheckpointHook(CheckpointHook):
         if is_main_process():
             remove_parts(self.out_dir)
 
-    def _ended(self, runner, after=1):
-        return runner.iter + after >= runner.max_iters
-
     def _save_checkpoint(self, runner):
         wrapper, done = runner.optim_wrapper, runner.iter + (0 if self.by_epoch else 1)
         self._put_off = done % getattr(wrapper, "_accumulative_counts", 1) != 0 and done < runner.max_iters
@@ -214,8 +213,8 @@ class SafeCheckpointHook(CheckpointHook):
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         try:
-            runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler,
-                                   meta=dict(meta), by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
+            runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
+                                   save_param_scheduler=self.save_param_scheduler, meta=dict(meta), by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
             if is_main_process():
                 self._remove_old()
                 write_whole(f"{runner.work_dir}/last_checkpoint", [self.last_ckpt.encode()])
