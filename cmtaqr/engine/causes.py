@@ -15,7 +15,7 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/51f_causes.ipynb #14c15a02
+# %% ../../nbs/51f_causes.ipynb #5194e49f
 class OutOfMemory(RuntimeError):
     """A GPU's memory did not suffice; the message says what held it."""
 
@@ -68,7 +68,7 @@ def memory_report(error, runner):
         peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
         activations = peak - sum(table[-1][kind] for kind in kinds)
         unused, others = reserved - torch.cuda.memory_allocated() / 2**20, size - free - reserved
-        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved and not used: {unused:.0f}; other programs "
+        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved, not used: {unused:.0f}; other programs "
                      f"and the driver: {others:.0f}; the GPU has {size:.0f}")
         advice += ["stop the other programs on this GPU (nvidia-smi)"] * (others > 0.1 * size)
         advice += ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory is lost between blocks)"] * (unused > 0.1 * size)
@@ -79,7 +79,7 @@ def memory_report(error, runner):
     advice += ["frozen backbones"] * all(p.requires_grad for p in model.parameters()) + ["smaller images or fewer queries"]
     return "\n".join([*lines, f"What to change, the first helps most: {'; '.join(advice)}"])
 
-# %% ../../nbs/51f_causes.ipynb #c91bb823
+# %% ../../nbs/51f_causes.ipynb #f40baf2c
 class LostProcess(RuntimeError):
     """A process that a run needs has ended."""
 
@@ -98,7 +98,7 @@ def _cause(message):
     if "Bus error" in message or "insufficient shared memory" in message:
         shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
         room = f" ({shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MiB are free)" if shared else ""
-        return f"shared memory, /dev/shm, did not suffice{room}: start the container with a larger --shm-size, or use fewer workers"
+        return f"shared memory, /dev/shm, did not suffice{room}: start the container with a larger --shm-size, or fewer workers"
     if "Killed" in message:
         kills, free = _first_number("/sys/fs/cgroup/memory.events", "oom_kill"), _first_number("/proc/meminfo", "MemAvailable")
         told = f"; {free / 2**10:.0f} MiB are available now" if free else ""
@@ -128,6 +128,6 @@ def explained(runner):
             end = re.search(r"DataLoader worker \(pid[^)]*\)?[^)]*\) [^.]*", first)
             raise LostProcess(f"{end[0] if end else first}: {_cause(first)}") from error
         if re.search(r"[Cc]onnection (closed|reset|refused)|remote process exited", message):
-            raise LostProcess(f"process {get_rank()} lost another process of the run: the cause is in the log of the one that ended "
-                              f"first ({message.splitlines()[0][:200]})") from error
+            raise LostProcess(f"process {get_rank()} lost another process of the run: the cause is in the log of the one that "
+                              f"ended first ({message.splitlines()[0][:200]})") from error
         raise

@@ -81,7 +81,7 @@ def _programs(runner):
 def _changed(saved, here):
     return [f"{k} was {saved.get(k)}, is {here.get(k)}" for k in {**saved, **here} if saved.get(k) != here.get(k)]
 
-# %% ../../nbs/51d_state.ipynb #e29a8433
+# %% ../../nbs/51d_state.ipynb #e5b23151
 @HOOKS.register_module(force=True)
 class StateHook(Hook):
     """Keep in every checkpoint what a run needs to go on bit by bit, and put it back on resume.
@@ -124,8 +124,8 @@ class StateHook(Hook):
         """Check that the checkpoint is one of such a run; take the state of this process."""
         state = checkpoint.get("exact")
         if not isinstance(state, dict) or state.get("format") != 1 or not state.get("processes"):
-            raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another program "
-                              "or version wrote it. Start a new run from its weights instead: resume=False, checkpoint=<file>")
+            raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another "
+                              "program or version wrote it. Start a new run from its weights instead: resume=False, checkpoint=<file>")
         if changed := _changed(state["division"], _division(runner)):
             raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it "
                               "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
@@ -169,7 +169,7 @@ class StateHook(Hook):
             set_random_state(self._kept)
             self._kept = None
 
-# %% ../../nbs/51d_state.ipynb #34ab1c58
+# %% ../../nbs/51d_state.ipynb #08ec07c4
 @HOOKS.register_module(force=True)
 class SafeCheckpointHook(CheckpointHook):
     """mmengine's `CheckpointHook`, writing whole and checked files, and removing old ones last.
@@ -214,7 +214,8 @@ class SafeCheckpointHook(CheckpointHook):
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         try:
             runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
-                                   save_param_scheduler=self.save_param_scheduler, meta=dict(meta), by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
+                                   save_param_scheduler=self.save_param_scheduler,
+                                   meta=dict(meta), by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
             if is_main_process():
                 self._remove_old()
                 write_whole(f"{runner.work_dir}/last_checkpoint", [self.last_ckpt.encode()])
