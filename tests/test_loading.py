@@ -17,8 +17,8 @@ def test_stages_workers_and_needs_of_a_small_world(tmp_path, capsys):
     pace = dict(config=str(child), batch=2, model="aqr", frozen=True, precision="bf16", attention="windows", checkpointing=True,
                 compile=[], samples_per_second=100.0)
     (tmp_path / "training.json").write_text(json.dumps(dict(records=[pace])))
-    call = ["--json", str(tmp_path / "loading.json"), "--data", str(tmp_path / "world"), "--training", str(tmp_path / "training.json"),
-            "--configs", str(child), "--workers", "1", "--samples", "2"]
+    call = ["--json", str(tmp_path / "loading.json"), "--data", str(tmp_path / "world"),
+            "--training", str(tmp_path / "training.json"), "--configs", str(child), "--workers", "1", "--samples", "2"]
     assert main(call) == 0
     result = json.loads((tmp_path / "loading.json").read_text())
     found, (row,) = result["configs"][str(child)], result["needs"]

@@ -24,8 +24,9 @@ def toy_weights(folder, batch, iterations, **scale):
     (folder / "toy.py").write_text(CONFIG.format(bases=ROOT / "cmtaqr/configs/_base_"))
     (folder / "data").mkdir()
     (folder / "data" / "train.pkl").touch()
-    params = TrainParameters.check(dict(config=str(folder / "toy.py"), data_root=str(folder / "data"), work_dir=str(folder / "run"),
-                                        max_iters=iterations, batch_size=batch, num_workers=0, device="cpu"))
+    params = TrainParameters.check(dict(config=str(folder / "toy.py"), data_root=str(folder / "data"),
+                                        work_dir=str(folder / "run"), max_iters=iterations, batch_size=batch, num_workers=0,
+                                        device="cpu"))
     cfg = run_config(params)
     asked = dict(accumulate=1, total_batch=None, scale_lr=False, channels_last=False, batch_size=params.batch_size, lr=None)
     put_scale(cfg, SimpleNamespace(**{**asked, **scale}))

@@ -7,8 +7,8 @@ pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[det
 
 from cmtaqr.engine.scaling import main  # noqa: E402
 
-SMALL = ["--configs", "cmt_aqr_tiny", "--modes", "frozen", "--batch", "1", "--steps", "1", "--warmup", "1", "--turns", "1", "--boxes", "10",
-         "--precision", "fp32", "--device", "cpu"]
+SMALL = ["--configs", "cmt_aqr_tiny", "--modes", "frozen", "--batch", "1", "--steps", "1", "--warmup", "1", "--turns", "1",
+         "--boxes", "10", "--precision", "fp32", "--device", "cpu"]
 
 
 def test_two_processes_share_a_step_and_a_second_call_measures_nothing_anew(tmp_path, capsys):

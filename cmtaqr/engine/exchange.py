@@ -38,7 +38,7 @@ def wrapped(model, device, option="plain"):
     return MMDistributedDataParallel(module=model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=False,
                                      **OPTIONS[option])
 
-# %% ../../nbs/57b_exchange.ipynb #05dd2411
+# %% ../../nbs/57b_exchange.ipynb #9c9d1f8a
 def _quantiles(times):
     low, middle, high = np.percentile(times, [10, 50, 90])
     return dict(median=round(middle, 2), p10=round(low, 2), p90=round(high, 2))
@@ -68,8 +68,8 @@ def measure_case(trainer, batches, option, steps, warmup, exchange):
         exchange (bool): Measure also steps without the exchange of gradients, and the exchange alone.
 
     Returns:
-        dict: step_ms (median, p10, p90), samples_per_second of this process, peak_mib of every rank (None on a CPU); with `exchange`
-        alone_ms (steps without), exposed_ms, exchange_ms, overlap and gradient_mib.
+        dict: step_ms (median, p10, p90), samples_per_second of this process, peak_mib of every rank (None on a CPU); with
+        `exchange` alone_ms (steps without), exposed_ms, exchange_ms, overlap and gradient_mib.
     """
     bare, device, several = trainer.model, trainer.device, dist.is_initialized() and dist.get_world_size() > 1
     trainer.model = wrapped(bare, device, option)
@@ -91,8 +91,8 @@ def measure_case(trainer, batches, option, steps, warmup, exchange):
             with trainer.model.no_sync() if exchange else contextlib.nullcontext():
                 if exchange:
                     alone.append(trainer.step(batches[i % len(batches)]))
-        found = dict(step_ms=_quantiles(times), samples_per_second=round(1e3 * len(batches[0]["data_samples"]) / np.median(times), 3),
-                     peak_mib=peaks)
+        pace = 1e3 * len(batches[0]["data_samples"]) / np.median(times)
+        found = dict(step_ms=_quantiles(times), samples_per_second=round(pace, 3), peak_mib=peaks)
         if exchange:
             trainable = sum(p.numel() for p in bare.parameters() if p.requires_grad)
             spent, exposed = exchange_time(trainable, device), float(np.median(times) - np.median(alone))

@@ -73,7 +73,7 @@ def training_frames(config, root):
     init_default_scope("mmdet3d")
     return DATASETS.build(with_data(cfg).train_dataloader.dataset)
 
-# %% ../../nbs/58d_loading.ipynb #5cc59b6a
+# %% ../../nbs/58d_loading.ipynb #3236cde4
 def stage_times(dataset, samples=12, warmup=6):
     """Time of each transform.
 
@@ -83,8 +83,8 @@ def stage_times(dataset, samples=12, warmup=6):
         warmup (int): Samples before.
 
     Returns:
-        dict: cpu_ms and wall_ms (means, by stage), cpu_ms_per_sample, wall_ms_per_sample, read_mib (of the files of a sample, without
-        pasted objects), packed_mib (what a worker hands over).
+        dict: cpu_ms and wall_ms (means, by stage), cpu_ms_per_sample, wall_ms_per_sample, read_mib (of the files of a sample,
+        without pasted objects), packed_mib (what a worker hands over).
     """
     cv2.setNumThreads(0)  # as in a worker
     spent, sizes, before = {}, [], torch.get_num_threads()
@@ -98,18 +98,19 @@ def stage_times(dataset, samples=12, warmup=6):
             results = step(results)
             spent.setdefault(name, []).append((1e3 * (time.thread_time() - cpu), 1e3 * (time.perf_counter() - wall)))
             if name == "read the list":
-                files = [results["lidar_points"]["lidar_path"], *(s["lidar_points"]["lidar_path"] for s in results["lidar_sweeps"]),
-                         *(v["img_path"] for v in results["images"].values())]
+                files = [cloud["lidar_points"]["lidar_path"] for cloud in (results, *results["lidar_sweeps"])]
+                files += [view["img_path"] for view in results["images"].values()]
                 sizes.append(sum(Path(f).stat().st_size for f in files if f and Path(f).is_file()))
     torch.set_num_threads(before)
     means = {name: np.mean(times[warmup:], 0) for name, times in spent.items()}
     packed = sum(t.numel() * t.element_size() for t in results["inputs"].values())
     total = np.sum(list(means.values()), 0)
-    return dict(cpu_ms={k: round(float(v[0]), 2) for k, v in means.items()}, wall_ms={k: round(float(v[1]), 2) for k, v in means.items()},
+    cpu, wall = ({name: round(float(mean[clock]), 2) for name, mean in means.items()} for clock in (0, 1))
+    return dict(cpu_ms=cpu, wall_ms=wall,
                 cpu_ms_per_sample=round(float(total[0]), 2), wall_ms_per_sample=round(float(total[1]), 2),
                 read_mib=round(float(np.mean(sizes)) / 2**20, 2), packed_mib=round(packed / 2**20, 2))
 
-# %% ../../nbs/58d_loading.ipynb #59a11f33
+# %% ../../nbs/58d_loading.ipynb #1b14285b
 def loader_pace(dataset, workers, batch, samples_each=16):
     """Samples per second of a loader whose batches nobody uses.
 
@@ -125,9 +126,9 @@ def loader_pace(dataset, workers, batch, samples_each=16):
     count = batch * math.ceil(samples_each * workers / batch)
     lead = 2 * workers * batch  # what is prefetched while the workers start
     places = [(0, i, i % len(dataset)) for i in range(lead + count)]
-    loader = DataLoader(SteadySamples(dataset), batch_size=batch, sampler=places, num_workers=workers, collate_fn=collate_with_faults,
-                        persistent_workers=True, pin_memory=torch.cuda.is_available(), prefetch_factor=2,
-                        worker_init_fn=lambda i: worker_init_fn(i, workers, 0, 0))
+    loader = DataLoader(SteadySamples(dataset), batch_size=batch, sampler=places, num_workers=workers,
+                        collate_fn=collate_with_faults, persistent_workers=True, pin_memory=torch.cuda.is_available(),
+                        prefetch_factor=2, worker_init_fn=lambda i: worker_init_fn(i, workers, 0, 0))
     batches = iter(loader)
     for _ in range(2 * workers):
         next(batches)
@@ -136,7 +137,7 @@ def loader_pace(dataset, workers, batch, samples_each=16):
         pass
     return round(count / (time.perf_counter() - begun), 3)
 
-# %% ../../nbs/58d_loading.ipynb #65896c48
+# %% ../../nbs/58d_loading.ipynb #20af791e
 def needs(configs, training, gpus=8):
     """Cores for loading, by what is trained.
 
@@ -146,9 +147,9 @@ def needs(configs, training, gpus=8):
         gpus (int): GPUs of a node.
 
     Returns:
-        list[dict]: config, batch, what (full or frozen), samples_per_second of a GPU, ms_per_sample, cores_per_gpu, workers_per_gpu
-        (whole ones that leave the GPU idle for less than 5 %), idle (share of the time, with the config's own number of workers),
-        cores_per_node with the training processes, read_mib_per_second of a node.
+        list[dict]: config, batch, what (full or frozen), samples_per_second of a GPU, ms_per_sample, cores_per_gpu,
+        workers_per_gpu (whole ones that leave the GPU idle for less than 5 %), idle (share of the time, with the config's own
+        number of workers), cores_per_node with the training processes, read_mib_per_second of a node.
     """
     rows = []
     for record in training:
@@ -157,7 +158,8 @@ def needs(configs, training, gpus=8):
         if not usual or record["config"] not in configs:
             continue
         own, pace = configs[record["config"]], record["samples_per_second"]
-        seconds = max([own["cpu_ms_per_sample"] / 1e3] + [p["workers"] / p["samples_per_second"] for p in own["paces"] if p["free"]])
+        delivered = [p["workers"] / p["samples_per_second"] for p in own["paces"] if p["free"]]
+        seconds = max([own["cpu_ms_per_sample"] / 1e3] + delivered)
         cores = pace * seconds
         workers = math.ceil(0.95 * cores)
         rows.append(dict(config=record["config"], batch=record["batch"], what="frozen" if record["frozen"] else "full",
@@ -170,11 +172,11 @@ def needs(configs, training, gpus=8):
 def sentence(rows, gpus=8):
     """What a node needs, in words."""
     worst = max(rows, key=lambda r: r["cores_per_gpu"])
-    return (f"A node of {gpus} GPUs needs {worst['cores_per_node']} free cores ({worst['workers_per_gpu']} loader processes and one "
-            f"training process per GPU) and {worst['read_mib_per_second']:.0f} MiB/s of reading for {worst['config']}, {worst['what']}, "
-            f"batch {worst['batch']}, the most demanding of these; all others need no more cores.")
+    return (f"A node of {gpus} GPUs needs {worst['cores_per_node']} free cores ({worst['workers_per_gpu']} loader processes and "
+            f"one training process per GPU) and {worst['read_mib_per_second']:.0f} MiB/s of reading for {worst['config']}, "
+            f"{worst['what']}, batch {worst['batch']}, the most demanding of these; all others need no more cores.")
 
-# %% ../../nbs/58d_loading.ipynb #58d9f7e6
+# %% ../../nbs/58d_loading.ipynb #72e137b3
 def measure(file, configs=CONFIGS, data=None, training=None, workers=None, samples=12, gpus=8):
     """Measure loading, and write the file after each config.
 
@@ -193,8 +195,8 @@ def measure(file, configs=CONFIGS, data=None, training=None, workers=None, sampl
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     workers = list(workers or [2**i for i in range(cores.bit_length()) if 2**i <= cores])
-    result = dict(versions=versions(), commit=git_commit(), machine=machine(), command=command(), load=round(load, 2), cores=cores,
-                  data=Path(data).name if data else "synthetic", configs={})
+    result = dict(versions=versions(), commit=git_commit(), machine=machine(), command=command(), load=round(load, 2),
+                  cores=cores, data=Path(data).name if data else "synthetic", configs={})
     source = Path(training or package_root() / "nbs" / "results" / "training.json")
     records = json.loads(source.read_text())["records"] if source.is_file() else []
     MMLogger.get_instance("mmengine").setLevel("WARNING")
@@ -228,8 +230,9 @@ def measure(file, configs=CONFIGS, data=None, training=None, workers=None, sampl
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.loading --json FILE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.loading", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Measure the training data's pipeline, and say how many cores a GPU needs.")
+    text = "Measure the training data's pipeline, and say how many cores a GPU needs."
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.loading", description=text,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", required=True, help="file to write")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names or paths of configs")
     parser.add_argument("--data", help="data root with info files and object database; if not given, a synthetic one is made")

@@ -12,7 +12,7 @@ import torch
 
 from .parameters import ParameterError
 
-# %% ../../nbs/51f_scale_out.ipynb #fdaadd29
+# %% ../../nbs/51f_scale_out.ipynb #de4fd826
 def split_batch(total, world_size, batch=None, accumulate=1, most=1):
     """Samples per process and accumulated steps for a total batch.
 
@@ -30,7 +30,8 @@ def split_batch(total, world_size, batch=None, accumulate=1, most=1):
         ParameterError: It does not come out; the message has the nearest totals that do.
     """
     unit = world_size * (batch or 1) * accumulate
-    given = [f"{world_size} process(es)"] + [f"batch_size={batch}"] * bool(batch) + [f"accumulate={accumulate}"] * (accumulate > 1)
+    given = [f"{world_size} process(es)"] + [f"batch_size={batch}"] * bool(batch)
+    given += [f"accumulate={accumulate}"] * (accumulate > 1)
     exact = batch and accumulate > 1
     if total % unit or (exact and total != unit):
         near = [unit] if exact else sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
@@ -88,7 +89,7 @@ def to_channels_last(model, parts):
         model.get_submodule(name).to(memory_format=torch.channels_last)
     return list(parts)
 
-# %% ../../nbs/51f_scale_out.ipynb #98d45f61
+# %% ../../nbs/51f_scale_out.ipynb #a40e8115
 def put_feed(cfg):
     """Let batches reach the GPU while it computes: pinned, prefetched, copied without waiting. In place; nothing on a CPU."""
     loaders = [loader for loader in (cfg.get("train_dataloader"), cfg.get("test_dataloader")) if loader]
@@ -128,7 +129,8 @@ def put_scale(cfg, params, world_size=1):
     cfg.total_batch = world_size * batch * accumulate
     if params.scale_lr and params.lr is not None:
         raise ParameterError(f"lr={params.lr} and scale_lr={params.scale_lr!r} are both given: leave one of them out")
-    wrapper.optimizer.lr *= learning_rate_factor(params.scale_lr, cfg.total_batch, (cfg.get("auto_scale_lr") or {}).get("base_batch_size"))
+    base = (cfg.get("auto_scale_lr") or {}).get("base_batch_size")
+    wrapper.optimizer.lr *= learning_rate_factor(params.scale_lr, cfg.total_batch, base)
     if params.channels_last:
         cfg.channels_last = [name for name in IMAGE_PARTS if cfg.model.get(name)]
         if not cfg.channels_last:

@@ -49,7 +49,7 @@ def cases(nproc, configs=CONFIGS, modes=("full", "frozen"), options=True):
     names = list(OPTIONS) if options and nproc > 1 else ["plain"]
     return [dict(nproc=nproc, config=c, frozen=m == "frozen", option=o) for c in configs for m in modes for o in names]
 
-# %% ../../nbs/58c_scaling.ipynb #41c335b6
+# %% ../../nbs/58c_scaling.ipynb #cda6cd8c
 def _key(row):
     return row["nproc"], row["config"], row["frozen"], row["option"]
 
@@ -73,11 +73,12 @@ def work(path):
         if made != (case["config"], case["frozen"]):
             trainer = None
             gc.collect()
-            batches = pickle.loads(Path(job["frames"], f"{Path(case['config']).stem}.pkl").read_bytes())
+            batches = pickle.loads(Path(job["folder"], f"{Path(case['config']).stem}.pkl").read_bytes())
             batches = [pinned(b) for b in batches] if device.type == "cuda" else batches
             variant = dict(VARIANT, frozen=case["frozen"], precision=asked["precision"])
             first = dict(inputs={k: v[:1] for k, v in batches[0]["inputs"].items()}, data_samples=batches[0]["data_samples"][:1])
-            trainer, made = Trainer(case["config"], variant, copied(first), device, asked["boxes"]), (case["config"], case["frozen"])
+            trainer = Trainer(case["config"], variant, copied(first), device, asked["boxes"])
+            made = case["config"], case["frozen"]
         begun = time.perf_counter()
         found = measure_case(trainer, batches, case["option"], asked["steps"], asked["warmup"], case["option"] == "plain")
         if dist.get_rank() == 0:
@@ -90,7 +91,7 @@ def work(path):
     dist.barrier()
     dist.destroy_process_group()
 
-# %% ../../nbs/58c_scaling.ipynb #65b0e2c8
+# %% ../../nbs/58c_scaling.ipynb #e0fa234d
 def summary(records):
     """Efficiencies.
 
@@ -119,8 +120,8 @@ def describe(row):
             f"{row['step_ms']['median']:.1f} ms, {row['samples_per_second']:.2f} samples/s each{travel}{memory}")
 
 
-def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), batch=None, options=True, steps=10, warmup=4, turns=10,
-            boxes=40, precision="bf16", device="auto", limit=None, folder=None):
+def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), batch=None, options=True, steps=10, warmup=4,
+            turns=10, boxes=40, precision="bf16", device="auto", limit=None, folder=None):
     """Measure everything that is not in the file yet.
 
     Args:
@@ -159,17 +160,17 @@ def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), ba
         folder.mkdir(parents=True, exist_ok=True)
         for config in configs:
             cfg = load_config(config)
-            Path(folder, f"{Path(config).stem}.pkl").write_bytes(pickle.dumps(training_batches(cfg, batch or cfg.batch_size, 1, turns, boxes)))
+            frames = training_batches(cfg, batch or cfg.batch_size, 1, turns, boxes)
+            Path(folder, f"{Path(config).stem}.pkl").write_bytes(pickle.dumps(frames))
             print(f"{time.perf_counter() - begun:5.0f} s  frames of {config}", flush=True)
         for n in sorted(nproc):
             part = [c for c in plan if c["nproc"] == n and _key(c) not in {_key(r) for r in result["records"]}]
             if not part or (limit is not None and time.perf_counter() - begun > limit):
                 continue
             deadline = None if limit is None else time.time() + limit - (time.perf_counter() - begun)
-            job = write_json(folder / "job.json", dict(parameters=asked, cases=part, file=str(file.absolute()), frames=str(folder),
-                                                       folder=str(folder), deadline=deadline))
+            job = dict(parameters=asked, cases=part, file=str(file.absolute()), folder=str(folder), deadline=deadline)
             try:
-                launch("cmtaqr.engine.scaling", ["--worker", str(job)], folder, n)
+                launch("cmtaqr.engine.scaling", ["--worker", str(write_json(folder / "job.json", job))], folder, n)
             finally:
                 result = json.loads(file.read_text())
                 done = {_key(r) for r in result["records"]}
@@ -189,8 +190,9 @@ def main(arguments=None):
     if arguments[:1] == ["--worker"] and "RANK" in os.environ:
         _worker(arguments[1])
         return 0
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.scaling", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Measure training steps on one and on several GPUs: weak scaling.")
+    text = "Measure training steps on one and on several GPUs: weak scaling."
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.scaling", description=text,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", required=True, help="file to write; one of the same commit and machine is continued")
     parser.add_argument("--nproc", nargs="+", type=int, default=[1, 2, 4], help="numbers of processes, one GPU each")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names or paths of AQR configs")
@@ -215,7 +217,7 @@ def main(arguments=None):
     print(f"{len(result['records'])} records, {result.get('left', 0)} cases left")
     return 0
 
-# %% ../../nbs/58c_scaling.ipynb #efba171d
+# %% ../../nbs/58c_scaling.ipynb #63f5e634
 def plot_scaling(result):
     """Efficiency against the number of GPUs, and where the step's time goes.
 
@@ -239,7 +241,8 @@ def plot_scaling(result):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     sns.lineplot(table, x="nproc", y="efficiency", hue="case", marker="o", ax=left)
     left.axhline(0.95, color="grey", linestyle="--")
-    left.set(xlabel="GPUs", ylabel="samples/s per GPU, relative", xticks=sorted(set(table.nproc)), ylim=(min(0.8, table.efficiency.min()), 1.05))
+    left.set(xlabel="GPUs", ylabel="samples/s per GPU, relative", xticks=sorted(set(table.nproc)),
+             ylim=(min(0.8, table.efficiency.min()), 1.05))
     last = table[table.nproc == table.nproc.max()].melt("case", ["exchange", "exposed"], "part", "ms")
     sns.barplot(last, x="ms", y="case", hue="part", ax=right)
     right.set(xlabel=f"exchange of gradients with {table.nproc.max()} GPUs, alone and exposed (ms)", ylabel="")
