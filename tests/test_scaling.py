@@ -11,7 +11,8 @@ SMALL = ["--configs", "cmt_aqr_tiny", "--modes", "frozen", "--batch", "1", "--st
          "--boxes", "10", "--precision", "fp32", "--device", "cpu"]
 
 
-def test_two_processes_share_a_step_and_a_second_call_measures_nothing_anew(tmp_path, capsys):
+def test_two_processes_share_a_step_and_a_second_call_measures_nothing_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CMTAQR_COMMIT", "one")  # a file of another commit is begun anew
     file = tmp_path / "scaling.json"
     assert main(["--json", str(file), "--nproc", "1", "2", *SMALL]) == 0
     first, told = json.loads(file.read_text()), capsys.readouterr().out
