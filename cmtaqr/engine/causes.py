@@ -15,7 +15,7 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/51f_causes.ipynb #5194e49f
+# %% ../../nbs/51f_causes.ipynb #747172f2
 class OutOfMemory(RuntimeError):
     """A GPU's memory did not suffice; the message says what held it."""
 
@@ -68,7 +68,7 @@ def memory_report(error, runner):
         peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
         activations = peak - sum(table[-1][kind] for kind in kinds)
         unused, others = reserved - torch.cuda.memory_allocated() / 2**20, size - free - reserved
-        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved, not used: {unused:.0f}; other programs "
+        lines.append(f"activations and the rest, at the peak: {activations:.0f}; reserved, unused: {unused:.0f}; other programs "
                      f"and the driver: {others:.0f}; the GPU has {size:.0f}")
         advice += ["stop the other programs on this GPU (nvidia-smi)"] * (others > 0.1 * size)
         advice += ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory is lost between blocks)"] * (unused > 0.1 * size)

@@ -81,7 +81,7 @@ def _programs(runner):
 def _changed(saved, here):
     return [f"{k} was {saved.get(k)}, is {here.get(k)}" for k in {**saved, **here} if saved.get(k) != here.get(k)]
 
-# %% ../../nbs/51d_state.ipynb #e5b23151
+# %% ../../nbs/51d_state.ipynb #6851042c
 @HOOKS.register_module(force=True)
 class StateHook(Hook):
     """Keep in every checkpoint what a run needs to go on bit by bit, and put it back on resume.
@@ -125,7 +125,7 @@ class StateHook(Hook):
         state = checkpoint.get("exact")
         if not isinstance(state, dict) or state.get("format") != 1 or not state.get("processes"):
             raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another "
-                              "program or version wrote it. Start a new run from its weights instead: resume=False, checkpoint=<file>")
+                              "program or version wrote it. Start a new run from its weights: resume=False, checkpoint=<file>")
         if changed := _changed(state["division"], _division(runner)):
             raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it "
                               "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
