@@ -44,7 +44,7 @@ def find_config(config):
     where = f" (looked in {Path.cwd()})" if path.suffix == ".py" else ""
     raise ParameterError(f"no config {config!r}{where}{nearest(path.stem, config_names())}")
 
-# %% ../../nbs/50_parameters.ipynb #4a183c58
+# %% ../../nbs/50_parameters.ipynb #d1a4288c
 BIAS_FORMS = dict(uniform=dict(use_local_bias=True, use_gaussian_window=False),
                   gaussian=dict(use_local_bias=True, use_gaussian_window=True),
                   **{"global": dict(use_local_bias=False, use_gaussian_window=False)})
@@ -105,9 +105,17 @@ class RunParameters(Parameters):
     lr: float | None = option(None, "base learning rate; None: the config's", above=0)
     num_workers: int | None = option(None, "data loader processes; None: the config's", low=0)
     deterministic: bool = option(False, "deterministic kernels: the same numbers every time, slower on a GPU")
+    nproc: int = option(1, "processes on each node, one per GPU", low=1)
+    launcher: str = option("torchrun", "torchrun starts them here; slurm writes a batch file and starts nothing",
+                           choices=lambda: ["torchrun", "slurm"])
+    nodes: int = option(1, "nodes, with launcher slurm", low=1)
+    port: int | None = option(None, "TCP port at which the processes meet; None: a free one, with slurm 29500", low=1)
 
     def _check_together(self):
         find_config(self.config)
+        if self.nodes > 1 and self.launcher != "slurm":
+            raise ParameterError(f"nodes={self.nodes}, but launcher={self.launcher!r} starts processes on this machine alone: use "
+                                 "launcher='slurm', or nodes=1")
         scale = {n: getattr(self, n) for n in ("min_scale", "bias_scale", "max_scale") if getattr(self, n) is not None}
         if list(scale.values()) != sorted(scale.values()):
             given = ", ".join(f"{n}={v}" for n, v in scale.items())
@@ -128,10 +136,16 @@ class RunParameters(Parameters):
         if self.bias_form == "global" and self.window_size is not None:
             raise ParameterError(f"window_size={self.window_size!r} given, but bias_form='global' has no window: leave it out")
 
-# %% ../../nbs/50_parameters.ipynb #870a7ac8
+# %% ../../nbs/50_parameters.ipynb #a9d67f9b
 @dataclass(frozen=True)
 class TrainParameters(RunParameters):
-    """Parameters of `nbs/train.ipynb`."""
+    """Parameters of `nbs/train.ipynb`: those of every run, and what several steps or processes make of a batch."""
+
+    accumulate: int = option(1, "steps whose gradients are added up before the optimiser's", low=1)
+    total_batch: int | None = option(None, "samples per optimiser step over all processes; sets batch_size or accumulate", low=1)
+    scale_lr: bool | str = option(False, "learning rate for another total batch than the recipe's: linear, sqrt, or False",
+                                  choices=lambda: [False, True, "linear", "sqrt"])
+    channels_last: bool = option(False, "channels-last memory for the image branch")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .runner import safe_settings
 from .train import train_here
 from .worker import run_launched
 
-# %% ../../nbs/56k_rerun.ipynb #5b11d6fd
+# %% ../../nbs/56k_rerun.ipynb #fc9bd242
 def read_run(folder):
     """What a run wrote down.
 
@@ -32,8 +32,7 @@ def read_run(folder):
         folder: Its work folder.
 
     Returns:
-        (kind, parameters, number of processes, record): 'train' or 'eval', `TrainParameters` or `EvalParameters`, int, and the content of
-        `run.json`.
+        (kind, parameters, record): 'train' or 'eval', `TrainParameters` or `EvalParameters`, and the content of `run.json`.
 
     Raises:
         FileNotFoundError: The folder holds no run.
@@ -45,9 +44,7 @@ def read_run(folder):
     record = json.loads(path.read_text())
     given = record["parameters"]
     kind, cls = ("eval", EvalParameters) if "untrained" in given else ("train", TrainParameters)
-    job = Path(folder, "job.json")
-    processes = json.loads(job.read_text()).get("processes", 1) if job.is_file() else 1
-    return kind, cls.check(given), processes, record
+    return kind, cls.check(given), record
 
 # %% ../../nbs/56k_rerun.ipynb #f126a54e
 _OWN = "work_dir", "resume", "load_from", "jsonfile_prefix", "launcher", "device"
@@ -121,7 +118,7 @@ def compare_losses(first, second):
     equal = different is None and len(first) == len(second)
     return dict(iterations=len(pairs), equal=equal, first_difference=different, largest=largest)
 
-# %% ../../nbs/56k_rerun.ipynb #e68b08cb
+# %% ../../nbs/56k_rerun.ipynb #934a1c33
 def rerun(folder, out, tolerance=0.0):
     """Repeat a run.
 
@@ -140,14 +137,14 @@ def rerun(folder, out, tolerance=0.0):
     """
     if Path(out).resolve() == Path(folder).resolve():
         raise ParameterError(f"--out {out} is the run itself: choose another folder")
-    kind, params, processes, record = read_run(folder)
+    kind, params, record = read_run(folder)
     params = dataclasses.replace(params, work_dir=str(out), resume=False)
     cfg = run_config(params)
     found = differences(record, folder, cfg)
     for sentence in found:
         print(sentence)
     here = train_here if kind == "train" else evaluate_here
-    result = here(params, cfg) if processes == 1 else run_launched(kind, params, processes)
+    result = here(params, cfg) if params.nproc == 1 else run_launched(kind, params)
     outcome = dict(run=str(folder), differences=found)
     if kind == "train":
         losses = compare_losses(*(read_history(f)["records"] for f in (folder, out)))
