@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'cases', 'work', 'summary', 'describe', 'measure', 'main', 'plot_scaling']
 
-# %% ../../nbs/58c_scaling.ipynb #54d65d85
+# %% ../../nbs/58c_scaling.ipynb #7bc9d78a
 import argparse
 import contextlib
 import gc
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import load_config, resolve_device
-from .exchange import OPTIONS, measure_case
+from .exchange import OPTIONS, measure_case, pin_cores
 from .launch import check_processes, launch, write_status
 from .parameters import ParameterError
 from .record import command, git_commit, machine, versions, write_json
@@ -30,7 +30,7 @@ from .stages import copied, pinned
 from .trainer import VARIANT, Trainer, training_batches
 from .worker import join
 
-# %% ../../nbs/58c_scaling.ipynb #c03821c9
+# %% ../../nbs/58c_scaling.ipynb #6821bc3b
 CONFIGS = ["cmt_aqr_voxel0100_r50_800x320_cbgs", "cmt_aqr_voxel0075_vov_1600x640_cbgs"]
 
 
@@ -41,15 +41,16 @@ def cases(nproc, configs=CONFIGS, modes=("full", "frozen"), options=True):
         nproc (int): Processes.
         configs (Sequence[str]): AQR configs.
         modes (Sequence[str]): full and frozen.
-        options (bool): Also DDP's options, not only its plain form.
+        options (bool): Also DDP's options, not only its plain form; with one process, also a wrapped model.
 
     Returns:
         list[dict]: nproc, config, frozen, option.
     """
-    names = list(OPTIONS) if options and nproc > 1 else ["plain"]
+    names = [o for o in OPTIONS if o != "wrapped"] if nproc > 1 else ["plain", "wrapped"]
+    names = names if options else names[:1]
     return [dict(nproc=nproc, config=c, frozen=m == "frozen", option=o) for c in configs for m in modes for o in names]
 
-# %% ../../nbs/58c_scaling.ipynb #cda6cd8c
+# %% ../../nbs/58c_scaling.ipynb #f5470507
 def _key(row):
     return row["nproc"], row["config"], row["frozen"], row["option"]
 
@@ -61,6 +62,8 @@ def work(path):
         path (str): Job written by `measure`.
     """
     job = json.loads(Path(path).read_text())
+    if job["parameters"]["pin"]:
+        pin_cores()
     asked, device = job["parameters"], torch.device(join(torch.device(job["parameters"]["device"]).type, minutes=10))
     file, done = Path(job["file"]), {_key(r) for r in json.loads(Path(job["file"]).read_text())["records"]}
     left, trainer, made = [c for c in job["cases"] if _key(c) not in done], None, None
@@ -91,23 +94,26 @@ def work(path):
     dist.barrier()
     dist.destroy_process_group()
 
-# %% ../../nbs/58c_scaling.ipynb #e0fa234d
+# %% ../../nbs/58c_scaling.ipynb #8c50338c
 def summary(records):
     """Efficiencies.
 
     Returns:
-        dict: per 'config, batch N, frozen|full': {option: {nproc: samples per second and GPU over those of one process}}, with
-        overlap of the exchange under 'overlap'.
+        dict: per 'config, batch N, frozen|full': {option: {nproc: samples per second and GPU over those of one process}}; under
+        'exposed' the share of the step that waits for gradients, under 'slowest' the pace of the slowest process apart, over that
+        of one process.
     """
-    alone = {(r["config"], r["frozen"]): r["samples_per_second"] for r in records if r["nproc"] == 1}
+    plain = {(r["config"], r["frozen"]): r for r in records if r["nproc"] == 1 and r["option"] == "plain"}
     found = {}
     for r in records:
-        if r["nproc"] > 1 and (r["config"], r["frozen"]) in alone:
+        first = plain.get((r["config"], r["frozen"]))
+        if first and r is not first:
             entry = found.setdefault(f"{r['config']}, batch {r['batch']}, {'frozen' if r['frozen'] else 'full'}", {})
-            share = round(r["samples_per_second"] / alone[r["config"], r["frozen"]], 4)
-            entry.setdefault(r["option"], {})[str(r["nproc"])] = share
-            if "overlap" in r:
-                entry.setdefault("overlap", {})[str(r["nproc"])] = r["overlap"]
+            entry.setdefault(r["option"], {})[str(r["nproc"])] = round(r["samples_per_second"] / first["samples_per_second"], 4)
+            if "exposed_ms" in r:
+                entry.setdefault("exposed", {})[str(r["nproc"])] = round(r["exposed_ms"] / r["step_ms"]["median"], 4)
+            if "apart_ms" in r:
+                entry.setdefault("slowest", {})[str(r["nproc"])] = round(first["step_ms"]["median"] / max(r["apart_ms"]), 4)
     return found
 
 
@@ -115,13 +121,14 @@ def describe(row):
     """A record in a line."""
     peaks = [p for p in row["peak_mib"] if p is not None]
     memory = f", peak {max(peaks) / 1024:.2f} GiB" if peaks else ""
-    travel = f", {row['exposed_ms']:.1f} of {row['exchange_ms']:.1f} ms exchange exposed" if "exposed_ms" in row else ""
+    travel = f", {row['exposed_ms']:.1f} ms of exchange exposed" if "exposed_ms" in row else ""
+    travel += f", apart {min(row['apart_ms']):.1f} to {max(row['apart_ms']):.1f} ms" if "apart_ms" in row else ""
     return (f"{row['nproc']} x {row['config']} batch {row['batch']}, {'frozen' if row['frozen'] else 'full'}, {row['option']}: "
             f"{row['step_ms']['median']:.1f} ms, {row['samples_per_second']:.2f} samples/s each{travel}{memory}")
 
 
 def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), batch=None, options=True, steps=10, warmup=4,
-            turns=10, boxes=40, precision="bf16", device="auto", limit=None, folder=None):
+            turns=10, boxes=40, precision="bf16", device="auto", pin=False, limit=None, folder=None):
     """Measure everything that is not in the file yet.
 
     Args:
@@ -129,11 +136,12 @@ def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), ba
         nproc (Sequence[int]): Numbers of processes.
         configs, modes: See `cases`.
         batch (int | None): Samples per process, else the config's.
-        options (bool): Try DDP's options with the largest number.
+        options (bool): Try DDP's options with the largest number, and the wrapper with one process.
         steps, warmup: See `measure_case`.
         turns, boxes: Of each frame.
         precision (str): bf16 or fp32.
         device (str): 'auto', 'cpu' or 'cuda'.
+        pin (bool): Give each process its own share of the cores.
         limit (float | None): Seconds after which no further case begins.
         folder (str | None): Keeps frames and logs; None takes a temporary one.
 
@@ -147,14 +155,15 @@ def measure(file, nproc=(1, 2, 4), configs=CONFIGS, modes=("full", "frozen"), ba
     device, begun, file = resolve_device(device).type, time.perf_counter(), Path(file)
     for n in nproc:
         check_processes(n, device)
-    asked = dict(steps=steps, warmup=warmup, turns=turns, boxes=boxes, precision=precision, batch=batch, device=device)
+    asked = dict(steps=steps, warmup=warmup, turns=turns, boxes=boxes, precision=precision, batch=batch, device=device,
+                 pin=pin)
     result = dict(parameters=asked, versions=versions(), commit=git_commit(), machine=machine(), command=command(), records=[])
     if file.is_file():
         old = json.loads(file.read_text())
         if all(old.get(k) == json.loads(json.dumps(result[k])) for k in ("parameters", "versions", "commit", "machine")):
             result["records"] = old["records"]
     write_json(file, result)
-    plan = [c for n in sorted(nproc) for c in cases(n, configs, modes, options and n == max(nproc))]
+    plan = [c for n in sorted(nproc) for c in cases(n, configs, modes, options and n in (1, max(nproc)))]
     with contextlib.ExitStack() as stack:
         folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="scaling")))
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +213,7 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of the model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--pin", action="store_true", help="give each process its own share of the cores")
     parser.add_argument("--limit", type=float, help="seconds after which no further case begins; the next call goes on")
     parser.add_argument("--folder", help="keep frames and the processes' logs there")
     options = vars(parser.parse_args(arguments))
