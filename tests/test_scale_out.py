@@ -1,4 +1,5 @@
 """A training on another number of GPUs: accumulated steps through the real runner, and the fast forms on a GPU."""
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,9 +8,11 @@ import torch
 
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
+from mmengine.config import Config  # noqa: E402
+
 from cmtaqr.engine.configure import load_config, run_config  # noqa: E402
 from cmtaqr.engine.parameters import ParameterError, TrainParameters  # noqa: E402
-from cmtaqr.engine.runner import build_runner, train  # noqa: E402
+from cmtaqr.engine.runner import FileLogRunner, build_runner, train  # noqa: E402
 from cmtaqr.engine.scale_out import IMAGE_PARTS, put_scale, to_channels_last  # noqa: E402
 from cmtaqr.engine.stages import copied, speed_model  # noqa: E402
 from cmtaqr.engine.trainer import training_batches  # noqa: E402
@@ -44,6 +47,15 @@ def test_accumulated_steps_train_as_one_large_batch_does(tmp_path):
     for one, two in zip(small, large):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
     assert any(not torch.allclose(one, two, rtol=1e-4) for one, two in zip(other, large))
+
+
+def test_the_runner_lays_out_the_parts_that_the_config_names():
+    runner = object.__new__(FileLogRunner)  # its constructor needs data
+    runner.cfg = Config(dict(device="cpu", channels_last=["image"]))
+    runner._distributed, runner.logger = False, logging.getLogger("none")
+    model = runner.wrap_model(None, torch.nn.ModuleDict(dict(image=torch.nn.Conv2d(3, 8, 3), other=torch.nn.Conv2d(3, 8, 3))))
+    assert model["image"].weight.is_contiguous(memory_format=torch.channels_last) and not model["image"].weight.is_contiguous()
+    assert model["other"].weight.is_contiguous()
 
 
 def test_totals_that_fit_are_named():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'MixedPrecisionWrapper', 'safe_settings', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #8a0e0bb5
+# %% ../../nbs/52_runner.ipynb #18ddd76b
 import contextlib
 import copy
 import itertools
@@ -33,9 +33,10 @@ from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
 from .safe_files import verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
+from .scale_out import to_channels_last
 from .state import ResumeError, SafeCheckpointHook, StateHook
 
-# %% ../../nbs/52_runner.ipynb #e07c4807
+# %% ../../nbs/52_runner.ipynb #0a6af223
 _runs = itertools.count()
 
 
@@ -52,15 +53,14 @@ class FileLogRunner(Runner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
-        """Freeze, compile the parts asked for; put the model where the run was told to, also the CPU of a machine with a GPU."""
+        """Freeze, lay out and compile the parts asked for; put the model on the device of the run, be it the CPU beside a GPU."""
         freeze_modules(model, self.cfg.get("frozen") or [])  # before several processes' wrapper asks what will have gradients
+        to_channels_last(model, self.cfg.get("channels_last") or [])  # likewise: it notes the layout of gradients
         if self.cfg.get("compiled_parts"):
             from cmtaqr.detector.inference import compile_parts
             compile_parts(model, self.cfg.compiled_parts)
         if self.distributed and torch.device(self.cfg.get("device", "cpu")).type == "cpu":
             return MMDistributedDataParallel(module=model, broadcast_buffers=False)  # mmengine would name a GPU
-        if self.distributed and model_wrapper_cfg is None and self.cfg.get("device") == "cpu":  # mmengine's default names a GPU
-            model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         model = super().wrap_model(model_wrapper_cfg, model)
         return model if self.distributed else model.to(self.cfg.get("device", "cpu"))
 
