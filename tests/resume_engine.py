@@ -158,7 +158,7 @@ def course(folder):
     """What a run recorded in each iteration and what must not differ after a resume."""
     from cmtaqr.engine.hooks import read_history
     names = ("iter", "loss", "loss_fit", "grad_norm", "lr/base", "epoch", "samples")
-    return [[record[name] for name in names] for record in read_history(folder)["records"]]
+    return [[record.get(name) for name in names] for record in read_history(folder)["records"]]
 
 
 def assert_equal_runs(one, other):

@@ -6,7 +6,7 @@
 __all__ = ['load_config', 'resolve_device', 'stretched', 'checkpoint_file', 'run_config', 'check_data', 'changes',
            'differs_from_training']
 
-# %% ../../nbs/51a_configure.ipynb #640ce7db
+# %% ../../nbs/51a_configure.ipynb #b9bc9fbf
 import json
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from mmengine.config import Config
 from .aqr import put_aqr
 from .frozen import apply_freezing
 from .parameters import ParameterError, find_config, package_root
-from .scale_out import put_scale
+from .scale_out import put_feed, put_scale
 from .safe_files import newest_checkpoint
 
 # %% ../../nbs/51a_configure.ipynb #c30748c9
@@ -149,7 +149,7 @@ def _put_test(cfg, params):
     if frames is not None:
         cfg.test_dataloader.dataset.ann_file = metric.ann_file = str(frames)
 
-# %% ../../nbs/51a_configure.ipynb #f4d68e58
+# %% ../../nbs/51a_configure.ipynb #081ee262
 def checkpoint_file(path):
     """The checkpoint meant by a file, or by the work folder of a run, then its newest that is intact.
 
@@ -206,6 +206,8 @@ def run_config(params, notebook=None):
         cfg.optim_wrapper.optimizer.lr = params.lr
     if cfg.get("optim_wrapper"):
         put_scale(cfg, params, int(os.environ.get("WORLD_SIZE", params.nproc * params.nodes)))
+    else:
+        put_feed(cfg)
     cfg.randomness = dict(seed=params.seed, deterministic=params.deterministic)
     cfg.resume = params.resume and not evaluation
     from_folder = cfg.work_dir if cfg.resume and not params.checkpoint else params.checkpoint
