@@ -261,7 +261,7 @@ def test_gpu_graph_replays_with_new_windows_and_reads_nothing_back(kernels):
 
 @pytest.mark.gpu
 def test_gpu_memory_does_not_grow_with_queries_times_keys(kernels):
-    """Beyond output and gradients, the kernels take the lists and a few numbers per query."""
+    """Beyond output and gradients: the output in fp32, one sample's parts for every view, and 919 lists of queries."""
     layout, sizes = FULL["bev180"]
     windows = random_windows(layout, 2, 1792, sizes, share=0.4, device=kernels)
     inputs = [t.requires_grad_() for t in attention_inputs(windows, torch.bfloat16, 64, 4)]
@@ -272,7 +272,7 @@ def test_gpu_memory_does_not_grow_with_queries_times_keys(kernels):
     torch.cuda.reset_peak_memory_stats()
     results = gradients(windows, inputs, grad)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.numel() * t.element_size() for t in results)
-    assert extra < 8 * 2**20  # the output in q's dtype and in fp32, of the lists little
+    assert extra < 20 * 2**20  # parts 10.5 MiB forward, 5.3 backward; lists 6.3; the output in fp32 3.5
 
 
 @pytest.mark.gpu

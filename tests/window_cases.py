@@ -126,7 +126,7 @@ def check_operator(device="cpu"):
     with torch.no_grad():
         results = _window_attention(q, k, v, *place)
         for needs in ((True, True), (False, True), (True, False)):
-            arguments = torch.ones_like(q), q.detach(), k.detach(), v.detach(), *results[1:], *place, *needs
+            arguments = torch.ones_like(q), q.detach(), k.detach(), v.detach(), *results[1:], place[2], *needs
             torch.library.opcheck(_window_attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def attend(q, k, v):

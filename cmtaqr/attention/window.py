@@ -43,7 +43,7 @@ def _obstacle(q):
                 'runs its slow interpreter on the CPU')
     return None
 
-# %% ../../nbs/14c_window.ipynb #6aa3253e
+# %% ../../nbs/14c_window.ipynb #2d77deef
 def _plan(windows):
     """Rows, cols of the BEV map; views, rows, cols of the camera maps; window sizes of LiDAR and cameras; 0 if absent."""
     layout, sizes = windows.layout, windows.sizes
@@ -52,7 +52,7 @@ def _plan(windows):
 
 
 @torch.library.custom_op('cmtaqr::window_attention', mutates_args=(), schema=(
-    '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)'))
+    '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'))
 def _window_attention(q, k, v, cells, seen, plan):
     from cmtaqr.attention.window_forward import window_forward
     with torch.cuda.device_of(q):
@@ -66,33 +66,32 @@ def _(q, k, v, cells, seen, plan):
 
 
 @torch.library.custom_op('cmtaqr::window_attention_backward', mutates_args=(), schema=(
-    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor exact, Tensor stats, Tensor lists, Tensor starts, Tensor cells, '
-    'Tensor seen, int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
-def _window_attention_backward(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+    '(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor exact, Tensor stats, Tensor places, Tensor lists, Tensor counts, '
+    'int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
+def _window_attention_backward(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import window_backward
     with torch.cuda.device_of(q):
-        return window_backward(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv)
+        return window_backward(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv)
 
 
 @_window_attention_backward.register_fake
-def _(grad, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+def _(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import backward_buffers
     return backward_buffers(q, k, need_q, need_kv)
 
-# %% ../../nbs/14c_window.ipynb #30d209e5
+# %% ../../nbs/14c_window.ipynb #99ad5898
 def _save(ctx, inputs, output):
-    *tensors, ctx.plan = inputs
+    q, k, v, _, _, ctx.plan = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(q, k, v, *output[1:])
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
-    q, k, v, cells, seen, *results = ctx.saved_tensors
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = _window_attention_backward(grad, q, k, v, *results, cells, seen, ctx.plan, need_q, need_k or need_v)
+    dq, dk, dv = _window_attention_backward(grad, *ctx.saved_tensors, ctx.plan, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
 

@@ -5,137 +5,230 @@
 # %% auto #0
 __all__ = ['backward_buffers', 'window_backward']
 
-# %% ../../nbs/14b_window_backward.ipynb #97583aa2
+# %% ../../nbs/14b_window_backward.ipynb #38ae3aac
 import torch
 import triton
 import triton.language as tl
 
-from .window_forward import (_boxes, _dot, _in_window, _like_heads, _limit, _own_keys, _pick, _query_block,
-                                             _query_options, _readable, _rows, _slice, _tile_keys)
-from .window_order import _NUMBERS, LOG2E, TUNING, _maps, _tables
+from .launch import starter
+from .window_forward import _like_heads, _part_options, _readable, _samples, _start_camera, _strides, _warps
+from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING
+from .window_parts import (_camera_block, _counts, _dot, _in_window, _own_keys, _parts_of, _rows, _slice,
+                                           _tile)
 
-# %% ../../nbs/14b_window_backward.ipynb #c4d502da
-@triton.jit
-def _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D: tl.constexpr):
-    """Add one tile's part of the gradient of the queries."""
-    ks = tl.load(_rows(k, index, k_n, D), mask=exists[:, None], other=0.0)
-    vs = tl.load(_rows(v, index, v_n, D), mask=exists[:, None], other=0.0)
-    p = tl.where(inside, tl.exp2((_dot(qs, tl.trans(ks), None) - peak[:, None]) * unit) * inverse[:, None], 0.0)
-    ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
-    return _dot(ds.to(ks.dtype), ks, acc)
-
-# %% ../../nbs/14b_window_backward.ipynb #76fed804
+# %% ../../nbs/14b_window_backward.ipynb #1856f142
 @triton.jit(do_not_specialize=_NUMBERS)
-def _query_grad_kernel(q, k, v, exact, do, stats, delta, dq, lists, cells, seen, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
-                       o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, num_queries, num_maps, rows_lidar, cols_lidar,
-                       rows_camera, cols_camera, size_lidar, size_camera, unit, scale, NEED_DQ: tl.constexpr,
-                       HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, MAPS: tl.constexpr, D: tl.constexpr,
-                       BLOCK_Q: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
-    blocks = tl.cdiv(num_queries, BLOCK_Q)
-    pid = tl.program_id(0)
-    block, h, b = pid % blocks, pid // blocks % heads, pid // blocks // heads
-    query, ok, row, col, visible = _query_block(lists, cells, seen, b, block, num_queries, num_maps, MAPS, BLOCK_Q)
-    gs = tl.load(_rows(_slice(do, b, h, g_b, g_h), query, g_n, D), mask=ok[:, None], other=0.0)
-    os = tl.load(_rows(_slice(exact, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
-    row_sum = tl.sum(gs.to(tl.float32) * os.to(tl.float32), 1)
-    at = (b.to(tl.int64) * heads + h) * num_queries
-    tl.store(delta + at + query, row_sum, mask=ok)
-    if NEED_DQ:
-        k, v = _slice(k, b, h, k_b, k_h), _slice(v, b, h, v_b, v_h)
+def _camera_grad_kernel(q, k, v, exact, do, stats, parts, lists, counts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+                        o_b, o_h, o_n, g_b, g_h, g_n, heads, samples, first_sample, num_queries, views, rows_lidar,
+                        cols_lidar, rows, cols, size, programs, unit, scale, VIEWS: tl.constexpr,
+                        D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
+    h, sample = tl.program_id(0) % heads, tl.program_id(0) // heads % samples
+    b = first_sample + sample
+    count = _counts(counts, b, views, VIEWS)
+    blocks = tl.cdiv(count, BLOCK_Q)
+    for block in range(tl.program_id(0) // heads // samples, tl.sum(blocks, 0), programs):
+        view, query, ok, row, col, row0, col0, across, tiles, part = _camera_block(
+            lists, b, block, count, blocks, num_queries, views, rows, cols, size, VIEWS, BLOCK_Q, TILE_ROWS, TILE_COLS)
+        first = (rows_lidar * cols_lidar + view * rows * cols).to(tl.int64)
+        k_view, v_view = _slice(k, b, h, k_b, k_h) + first * k_n, _slice(v, b, h, v_b, v_h) + first * v_n
         qs = tl.load(_rows(_slice(q, b, h, q_b, q_h), query, q_n, D), mask=ok[:, None], other=0.0)
-        peak = tl.load(stats + 2 * at + query, mask=ok, other=0.0)
-        inverse = tl.load(stats + 2 * at + num_queries + query, mask=ok, other=0.0)
+        gs = tl.load(_rows(_slice(do, b, h, g_b, g_h), query, g_n, D), mask=ok[:, None], other=0.0)
+        os = tl.load(_rows(_slice(exact, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
+        row_sum = tl.sum(gs.to(tl.float32) * os, 1)
+        stat = stats + (b.to(tl.int64) * heads + h) * 2 * num_queries + query
+        peak, inverse = tl.load(stat, mask=ok, other=0.0), tl.load(stat + num_queries, mask=ok, other=0.0)
         acc = tl.zeros((BLOCK_Q, D), tl.float32)
-        if HAS_LIDAR:
-            row_l, col_l, visible_l = _pick(row, 0, MAPS), _pick(col, 0, MAPS), _pick(visible, 0, MAPS)
-            for step in range(tl.max(visible_l) * tl.cdiv(size_lidar * size_lidar, KEYS)):
-                index, exists, inside = _own_keys(row_l, col_l, visible_l, step, rows_lidar, cols_lidar, size_lidar, KEYS,
-                                                  BLOCK_Q)
-                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
-        if HAS_CAMERA:
-            row0, col0, across, tiles, after = _boxes(row, col, visible, rows_camera, cols_camera, size_camera, HAS_LIDAR, MAPS,
-                                                      TILE_ROWS, TILE_COLS)
-            for t in range(tl.sum(tiles, 0)):
-                index, exists, inside = _tile_keys(t, row, col, visible, row0, col0, across, tiles, after, rows_camera,
-                                                   cols_camera, rows_lidar * cols_lidar, size_camera, HAS_LIDAR, MAPS,
-                                                   TILE_ROWS, TILE_COLS)
-                acc = _attend_backward(qs, gs, k, v, k_n, v_n, index, exists, inside, unit, peak, inverse, row_sum, acc, D)
-        tl.store(_rows(_slice(dq, b, h, d_b, d_h), query, d_n, D), (acc * scale).to(dq.dtype.element_ty), mask=ok[:, None])
+        for t in range(tiles):
+            index, exists, inside = _tile(t, across, row, col, row0, col0, rows, cols, size, TILE_ROWS, TILE_COLS)
+            ks = tl.load(_rows(k_view, index, k_n, D), mask=exists[:, None], other=0.0)
+            vs = tl.load(_rows(v_view, index, v_n, D), mask=exists[:, None], other=0.0)
+            p = tl.where(inside, tl.exp2((_dot(qs, tl.trans(ks), None) - peak[:, None]) * unit) * inverse[:, None], 0.0)
+            ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
+            acc = _dot(ds.to(ks.dtype), ks, acc)
+        part = (sample.to(tl.int64) * views * num_queries + part) * heads + h
+        tl.store(_rows(parts, part, D, D), (acc * scale).to(parts.dtype.element_ty), mask=ok[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #2e16d626
+# %% ../../nbs/14b_window_backward.ipynb #5dd8a448
 @triton.jit(do_not_specialize=_NUMBERS)
-def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, lists, starts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-                     dk_b, dk_h, dk_n, heads, num_queries, num_maps, rows_lidar, cols_lidar,
-                     rows_camera, cols_camera, size_lidar, size_camera, table_lidar, table_camera, table, unit, scale,
-                     HAS_LIDAR: tl.constexpr, STRIPS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-                     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
-    lidar_tiles = tl.cdiv(rows_lidar, TILE_ROWS) * tl.cdiv(cols_lidar, TILE_COLS)
-    camera_tiles = tl.cdiv(rows_camera, TILE_ROWS) * tl.cdiv(cols_camera, TILE_COLS)
-    tiles = lidar_tiles + (num_maps - HAS_LIDAR) * camera_tiles
-    pid = tl.program_id(0)
-    tile, h, b = pid % tiles, pid // tiles % heads, pid // tiles // heads
-    on_camera = tile >= lidar_tiles
-    view = (tile - lidar_tiles) // tl.maximum(camera_tiles, 1)
-    tile = tl.where(on_camera, tile - lidar_tiles - view * camera_tiles, tile)
+def _own_grad_kernel(q, k, v, exact, do, stats, dq, parts, places, lists, counts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+                     o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n, heads, first_sample, num_queries, num_maps, views, rows, cols,
+                     size, unit, scale, HAS_LIDAR: tl.constexpr, HAS_CAMERA: tl.constexpr, VIEWS: tl.constexpr,
+                     D: tl.constexpr, KEYS: tl.constexpr):
+    h, i = tl.program_id(0) % heads, (tl.program_id(0) // heads % num_queries).to(tl.int64)
+    sample, d = tl.program_id(0) // heads // num_queries, tl.arange(0, D)
+    b = first_sample + sample
+    total = tl.zeros((D,), tl.float32)
+    if HAS_CAMERA:
+        part, there = _parts_of(lists, counts, b, sample, i, num_queries, views, VIEWS)
+        accs = tl.load(_rows(parts, part * heads + h, D, D), mask=there[:, None], other=0.0)
+        total += tl.sum(accs.to(tl.float32), 0)
+    if HAS_LIDAR:
+        place = places + b.to(tl.int64) * num_maps * 2 * num_queries + i
+        row, col = tl.load(place), tl.load(place + num_queries)
+        qs = tl.load(_slice(q, b, h, q_b, q_h) + i * q_n + d).to(tl.float32)
+        gs = tl.load(_slice(do, b, h, g_b, g_h) + i * g_n + d).to(tl.float32)
+        row_sum = tl.sum(gs * tl.load(_slice(exact, b, h, o_b, o_h) + i * o_n + d), 0)
+        stats += (b.to(tl.int64) * heads + h) * 2 * num_queries + i
+        peak, inverse = tl.load(stats), tl.load(stats + num_queries)
+        acc = tl.zeros((D,), tl.float32)
+        if row < _FAR:
+            k_head, v_head = _slice(k, b, h, k_b, k_h), _slice(v, b, h, v_b, v_h)
+            for step in range(tl.cdiv(size * size, KEYS)):
+                index, exists = _own_keys(row, col, step, rows, cols, size, KEYS)
+                ks = tl.load(_rows(k_head, index, k_n, D), mask=exists[:, None], other=0.0).to(tl.float32)
+                vs = tl.load(_rows(v_head, index, v_n, D), mask=exists[:, None], other=0.0).to(tl.float32)
+                p = tl.exp2((tl.sum(ks * qs[None, :], 1) - peak) * unit) * inverse
+                ds = tl.where(exists, p * (tl.sum(vs * gs[None, :], 1) - row_sum), 0.0)
+                acc += tl.sum(ks * ds[:, None], 0)
+        total += acc * scale
+    tl.store(_slice(dq, b, h, d_b, d_h) + i * d_n + d, total.to(dq.dtype.element_ty))
+
+# %% ../../nbs/14b_window_backward.ipynb #d4ec31c0
+@triton.jit
+def _find_tile(tile, views, rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera, HAS_LIDAR: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile's map, size of its windows, rows and cols, the map's first key, and the tile's first row and col."""
+    camera_tiles = tl.cdiv(rows_camera, ROWS) * tl.cdiv(cols_camera, COLS)
+    on_camera = tile < views * camera_tiles
+    view = tl.where(on_camera, tile // tl.maximum(camera_tiles, 1), 0)
+    tile -= tl.where(on_camera, view, views) * camera_tiles
     rows, cols = tl.where(on_camera, rows_camera, rows_lidar), tl.where(on_camera, cols_camera, cols_lidar)
-    size, at = tl.where(on_camera, size_camera, size_lidar), tl.where(on_camera, HAS_LIDAR + view, 0)
     first = tl.where(on_camera, rows_lidar * cols_lidar + view * rows_camera * cols_camera, 0)
-    base = tl.where(on_camera, table_lidar + view * table_camera, 0)
-    row0, col0 = tile // tl.cdiv(cols, TILE_COLS) * TILE_ROWS, tile % tl.cdiv(cols, TILE_COLS) * TILE_COLS
-    # queries whose windows may reach it: one run of the sorted list for each strip of rows
-    strip = tl.maximum(row0 - size // 2, 0) // TILE_ROWS + tl.arange(0, STRIPS)
-    valid = strip <= tl.minimum(row0 + TILE_ROWS - 1 + (size - 1) // 2, rows - 1) // TILE_ROWS
-    run = starts + b.to(tl.int64) * table + base + strip * cols
-    low = tl.load(run + tl.maximum(col0 - size // 2, 0), mask=valid, other=0)
-    high = tl.load(run + tl.minimum(col0 + TILE_COLS - 1 + (size - 1) // 2, cols - 1) + 1, mask=valid, other=0)
-    after = tl.cumsum(high - low, 0)
-    total = tl.sum(high - low, 0)
-    j = tl.arange(0, TILE_ROWS * TILE_COLS)
-    r, c = row0 + j // TILE_COLS, col0 + j % TILE_COLS
-    on_map = (r < rows) & (c < cols)
-    index = first + r * cols + c
-    dks = tl.zeros((TILE_ROWS * TILE_COLS, D), tl.float32)
-    dvs = tl.zeros((TILE_ROWS * TILE_COLS, D), tl.float32)
+    return (tl.where(on_camera, HAS_LIDAR + view, 0), tl.where(on_camera, size_camera, size_lidar), rows, cols, first,
+            tile // tl.cdiv(cols, COLS) * ROWS, tile % tl.cdiv(cols, COLS) * COLS)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _prepare_kernel(exact, do, delta, places, near, found, o_b, o_h, o_n, g_b, g_h, g_n, heads, num_queries, num_maps, views,
+                    rows_lidar, cols_lidar, rows_camera, cols_camera, size_lidar, size_camera, tiles, sums,
+                    HAS_LIDAR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    OTHERS: tl.constexpr):
+    pid = tl.program_id(0)
+    if pid < sums:
+        blocks = tl.cdiv(num_queries, BLOCK_Q)
+        h, b = pid % heads, pid // heads // blocks
+        query = pid // heads % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        ok = query < num_queries
+        gs = tl.load(_rows(_slice(do, b, h, g_b, g_h), query, g_n, D), mask=ok[:, None], other=0.0)
+        os = tl.load(_rows(_slice(exact, b, h, o_b, o_h), query, o_n, D), mask=ok[:, None], other=0.0)
+        tl.store(delta + (b.to(tl.int64) * heads + h) * num_queries + query, tl.sum(gs.to(tl.float32) * os, 1), mask=ok)
+    else:
+        pid -= sums
+        at, size, rows, cols, _, row0, col0 = _find_tile(pid % tiles, views, rows_lidar, cols_lidar, rows_camera, cols_camera,
+                                                         size_lidar, size_camera, HAS_LIDAR, ROWS, COLS)
+        place = places + ((pid // tiles).to(tl.int64) * num_maps + at) * 2 * num_queries
+        low_row, high_row = row0 - size // 2, tl.minimum(row0 + ROWS, rows) - 1 + (size - 1) // 2
+        low_col, high_col = col0 - size // 2, tl.minimum(col0 + COLS, cols) - 1 + (size - 1) // 2
+        near += pid.to(tl.int64) * num_queries
+        total = 0
+        for start in range(0, num_queries, OTHERS):
+            query = start + tl.arange(0, OTHERS)
+            row = tl.load(place + query, mask=query < num_queries, other=_FAR)
+            col = tl.load(place + num_queries + query, mask=query < num_queries, other=0)
+            hit = (row >= low_row) & (row <= high_row) & (col >= low_col) & (col <= high_col)
+            number = tl.cumsum(hit.to(tl.int32), 0)
+            tl.store(near + total + number - 1, query.to(near.dtype.element_ty), mask=hit)
+            total += tl.max(number, 0)
+        tl.store(found + pid, total)
+
+# %% ../../nbs/14b_window_backward.ipynb #f9a42b66
+@triton.jit(do_not_specialize=_NUMBERS)
+def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, places, near, found, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+                     g_b, g_h, g_n, d_b, d_h, d_n, heads, samples, num_queries, num_maps, views, rows_lidar, cols_lidar,
+                     rows_camera, cols_camera, size_lidar, size_camera, tiles, unit, scale, HAS_LIDAR: tl.constexpr,
+                     D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LIST_ROWS: tl.constexpr,
+                     LIST_COLS: tl.constexpr):
+    pieces: tl.constexpr = (LIST_ROWS // ROWS) * (LIST_COLS // COLS)
+    pid, i = tl.program_id(0), tl.arange(0, BLOCK_Q)
+    h, piece, b, tile = pid % heads, pid // heads % pieces, pid // heads // pieces % samples, pid // heads // pieces // samples
+    near += (b * tiles + tile).to(tl.int64) * num_queries
+    # read before it is known how many there are
+    query = tl.load(near + i, mask=i < num_queries, other=0).to(tl.int32)
+    total = tl.load(found + b * tiles + tile)
+    at, size, rows, cols, first, row0, col0 = _find_tile(tile, views, rows_lidar, cols_lidar, rows_camera, cols_camera,
+                                                         size_lidar, size_camera, HAS_LIDAR, LIST_ROWS, LIST_COLS)
+    j = tl.arange(0, ROWS * COLS)
+    r = row0 + piece // (LIST_COLS // COLS) * ROWS + j // COLS
+    c = col0 + piece % (LIST_COLS // COLS) * COLS + j % COLS
+    on_map, index = (r < rows) & (c < cols), first + r * cols + c
+    r_far = tl.where(on_map, r, 2 * _FAR)  # in no window
+    dks = tl.zeros((ROWS * COLS, D), tl.float32)
+    dvs = tl.zeros((ROWS * COLS, D), tl.float32)
     if total > 0:
         ks = tl.load(_rows(_slice(k, b, h, k_b, k_h), index, k_n, D), mask=on_map[:, None], other=0.0)
         vs = tl.load(_rows(_slice(v, b, h, v_b, v_h), index, v_n, D), mask=on_map[:, None], other=0.0)
-        list_base = lists + (b.to(tl.int64) * (num_maps + 1) + at) * 3 * num_queries
+        place = places + (b.to(tl.int64) * num_maps + at) * 2 * num_queries
         at_query = (b.to(tl.int64) * heads + h) * num_queries
         q, do = _slice(q, b, h, q_b, q_h), _slice(do, b, h, g_b, g_h)
         for start in range(0, total, BLOCK_Q):
-            i = start + tl.arange(0, BLOCK_Q)
-            ok = i < total
-            here = (i[:, None] < after[None, :]) & (i[:, None] >= (after - high + low)[None, :])
-            place = tl.sum(tl.where(here, i[:, None] + (high - after)[None, :], 0), 1)
-            query = tl.load(list_base + place, mask=ok, other=0)
-            row = tl.load(list_base + num_queries + place, mask=ok, other=0)
-            col = tl.load(list_base + 2 * num_queries + place, mask=ok, other=0)
-            inside = _in_window(row[None, :], col[None, :], r[:, None], c[:, None], size) & ok[None, :] & on_map[:, None]
+            ok = start + i < total
+            query = tl.where(ok, query, 0)
+            row = tl.load(place + query, mask=ok, other=_FAR)
+            col = tl.load(place + num_queries + query, mask=ok, other=0)
             qs = tl.load(_rows(q, query, q_n, D), mask=ok[:, None], other=0.0)
             gs = tl.load(_rows(do, query, g_n, D), mask=ok[:, None], other=0.0)
             peak = tl.load(stats + 2 * at_query + query, mask=ok, other=0.0)
             inverse = tl.load(stats + 2 * at_query + num_queries + query, mask=ok, other=0.0)
             row_sum = tl.load(delta + at_query + query, mask=ok, other=0.0)
+            query = tl.load(near + start + BLOCK_Q + i, mask=start + BLOCK_Q + i < total, other=0).to(tl.int32)
+            inside = _in_window(row[None, :], col[None, :], r_far[:, None], c[:, None], size)
             p = tl.where(inside, tl.exp2((_dot(ks, tl.trans(qs), None) - peak[None, :]) * unit) * inverse[None, :], 0.0)
             dvs = _dot(p.to(gs.dtype), gs, dvs)
             ds = p * (_dot(vs, tl.trans(gs), None) - row_sum[None, :])
             dks = _dot(ds.to(qs.dtype), qs, dks)
-    tl.store(_rows(_slice(dk, b, h, dk_b, dk_h), index, dk_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
-    tl.store(_rows(_slice(dv, b, h, dk_b, dk_h), index, dk_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
+    tl.store(_rows(_slice(dk, b, h, d_b, d_h), index, d_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
+    tl.store(_rows(_slice(dv, b, h, d_b, d_h), index, d_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
 
-# %% ../../nbs/14b_window_backward.ipynb #0614b90d
+# %% ../../nbs/14b_window_backward.ipynb #497c8243
+def _limit(q, registers):
+    """Launch option that caps the registers per thread, so that more programs run at once; where it would spill, none."""
+    small = q.element_size() == 2 and q.shape[3] <= 64
+    return dict(maxnreg=registers) if small and q.is_cuda and not _INTERPRETED.value else {}
+
+
+def _start_query_grad(start, do, q, k, v, exact, stats, places, lists, counts, dq, plan):
+    (batch, heads, queries, dim), (samples, parts) = q.shape, _samples(q, plan, q.dtype)
+    strides, numbers = _strides(q, k, v, exact, do), (dim ** -0.5 * LOG2E, dim ** -0.5)
+    for first in range(0, batch, samples):
+        some = min(samples, batch - first)
+        _start_camera(start, _camera_grad_kernel, (q, k, v, exact, do, stats, parts, lists, counts), strides, q, plan, some,
+                      first, 'camera_grad', *numbers)
+        start(_own_grad_kernel, heads * queries * some, q, k, v, exact, do, stats, dq, parts, places, lists, counts, *strides,
+              *_strides(dq), heads, first, queries, places.shape[1], plan[2], *plan[:2], plan[5], *numbers,
+              HAS_LIDAR=int(plan[0] > 0), HAS_CAMERA=int(plan[2] > 0), **_part_options(plan, dim),
+              KEYS=TUNING['own_grad_keys'], num_warps=1)
+
+
+def _start_key_grad(start, do, q, k, v, exact, stats, places, dk, dv, plan):
+    (batch, heads, queries, dim), lidar = q.shape, int(plan[0] > 0)
+    rows, cols = TUNING['list_rows'], TUNING['list_cols']
+    tiles = sum(n * triton.cdiv(r, rows) * triton.cdiv(c, cols) for n, r, c in ((1, *plan[:2]), plan[2:5]))
+    near = torch.empty(batch, tiles, queries, dtype=torch.int16 if queries < 2**15 else torch.int32, device=q.device)
+    found, delta = torch.empty(batch, tiles, dtype=torch.int32, device=q.device), torch.empty_like(stats[:, :, 0])
+    sums = triton.cdiv(queries, 16) * heads * batch
+    start(_prepare_kernel, sums + tiles * batch, exact, do, delta, places, near, found, *_strides(exact, do), heads, queries,
+          places.shape[1], plan[2], *plan[:2], *plan[3:], tiles, sums, HAS_LIDAR=lidar, ROWS=rows, COLS=cols, D=dim, BLOCK_Q=16,
+          OTHERS=min(1024, triton.next_power_of_2(max(queries, 16))), num_warps=TUNING['list_warps'])
+    pieces = rows // TUNING['key_rows'] * (cols // TUNING['key_cols'])
+    start(_key_grad_kernel, tiles * pieces * batch * heads, q, k, v, do, stats, delta, dk, dv, places, near, found,
+          *_strides(q, k, v, do, dk), heads, batch, queries, places.shape[1], plan[2], *plan[:2], *plan[3:], tiles,
+          dim ** -0.5 * LOG2E, dim ** -0.5, HAS_LIDAR=lidar, D=dim, BLOCK_Q=TUNING['key_queries'], ROWS=TUNING['key_rows'],
+          COLS=TUNING['key_cols'], LIST_ROWS=rows, LIST_COLS=cols, num_warps=_warps(q, 'key'),
+          num_stages=TUNING['key_stages'], **_limit(q, TUNING['key_registers']))
+
+
 def backward_buffers(q, k, need_q, need_kv):
     """Uninitialised gradients of q, k and v; empty ones where not needed."""
     return tuple(_like_heads(t) if need else t.new_empty(0) for t, need in ((q, need_q), (k, need_kv), (k, need_kv)))
 
 
-def window_backward(do, q, k, v, exact, stats, lists, starts, cells, seen, plan, need_q, need_kv):
+def window_backward(do, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv):
     """Launch the kernels of the gradients.
 
     Args:
         do: [B, H, Q, D] gradient of the output.
-        q, k, v, cells, seen, plan: what `window_forward` got.
-        exact, stats, lists, starts: what it returned after the output.
+        q, k, v, plan: what `window_forward` got.
+        exact, stats, places, lists, counts: what it returned after the output.
         need_q: whether to compute the gradient of q.
         need_kv: whether to compute those of k and v.
 
@@ -143,25 +236,12 @@ def window_backward(do, q, k, v, exact, stats, lists, starts, cells, seen, plan,
         Gradients of q, k and v; empty tensors for those not needed.
     """
     do, q, k, v = _readable(do, q, k, v)
-    cells, seen = cells.contiguous(), seen.contiguous().view(torch.uint8)
-    batch, heads, queries, dim = q.shape
     dq, dk, dv = buffers = backward_buffers(q, k, need_q, need_kv)
     if not exact.numel():
         return tuple(t.zero_() for t in buffers)
-    scale, delta = dim ** -0.5, torch.empty_like(stats[:, :, 0])
-    strides = [n for t in (q, k, v) for n in t.stride()[:3]]
-    _query_grad_kernel[(triton.cdiv(queries, TUNING['block_queries']) * heads * batch,)](
-        q, k, v, exact, do, stats, delta, dq, lists, cells, seen, *strides, *exact.stride()[:3], *do.stride()[:3],
-        *(dq.stride()[:3] if need_q else (0, 0, 0)), heads, queries, *_maps(plan), scale * LOG2E, scale, NEED_DQ=need_q,
-        **_query_options(plan, q))
+    start = starter(('window_backward', *plan, *TUNING.values()), q, k, v, do)
+    if need_q:
+        _start_query_grad(start, do, q, k, v, exact, stats, places, lists, counts, dq, plan)
     if need_kv:
-        rows, cols = TUNING['strip_rows'], TUNING['key_cols']
-        tiles = sum(n * triton.cdiv(r, rows) * triton.cdiv(c, cols) for n, r, c in ((1, *plan[:2]), plan[2:5]))
-        strips = max(1 + triton.cdiv(size // 2, rows) + (rows - 1 + (size - 1) // 2) // rows for size in plan[5:] if size)
-        _key_grad_kernel[(tiles * heads * batch,)](
-            q, k, v, do, stats, delta, dk, dv, lists, starts, *strides, *do.stride()[:3], *dk.stride()[:3], heads, queries,
-            *_maps(plan), *_tables(plan), scale * LOG2E, scale, HAS_LIDAR=int(plan[0] > 0),
-            STRIPS=triton.next_power_of_2(strips), D=dim, BLOCK_Q=TUNING['key_queries'], TILE_ROWS=rows, TILE_COLS=cols,
-            num_warps=TUNING['key_warps'], num_stages=TUNING['key_stages'],
-            **_limit(q, TUNING['key_registers']))
+        _start_key_grad(start, do, q, k, v, exact, stats, places, dk, dv, plan)
     return buffers

@@ -170,17 +170,16 @@ def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=
     return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, dtype=str(dtype).removeprefix('torch.'), heads=heads,
                 dim=dim, records=records)
 
-# %% ../../nbs/14d_window_benchmark.ipynb #18af7cf6
+# %% ../../nbs/14d_window_benchmark.ipynb #de46618b
 VARIANTS = [
-    {}, dict(query_warps=2, query_registers=255), dict(query_warps=8), dict(query_stages=2), dict(query_stages=4),
-    dict(query_registers=168), dict(gather_keys=2), dict(gather_keys=8, query_registers=168),
-    dict(tile_cols=16, query_registers=168),
-    dict(tile_rows=4, tile_cols=16), dict(tile_cols=16, gather_keys=8, query_registers=255),
-    dict(tile_cols=16, gather_keys=8, query_warps=8), dict(block_queries=32, gather_keys=2, query_registers=255),
-    dict(key_registers=128), dict(key_warps=8, key_registers=128), dict(key_cols=16, key_registers=255),
-    dict(key_cols=16, key_warps=8), dict(strip_rows=4, key_cols=16), dict(key_queries=32, key_registers=255),
-    dict(key_queries=32, key_warps=8), dict(key_stages=1), dict(key_stages=3), dict(sort_others=512),
-    dict(sort_block=16), dict(sort_warps=8)]
+    {}, dict(camera_warps=1, camera_grad_warps=1), dict(camera_warps=4, camera_grad_warps=4),
+    dict(camera_stages=2, camera_grad_stages=2), dict(camera_stages=4, camera_grad_stages=4), dict(tile_rows=4),
+    dict(tile_cols=4), dict(tile_rows=16), dict(block_queries=32), dict(block_queries=32, camera_warps=4, camera_grad_warps=4),
+    dict(views=1.0), dict(views=3.0), dict(own_keys=8, own_grad_keys=8), dict(own_keys=32, own_grad_keys=32),
+    dict(key_registers=112), dict(key_registers=168), dict(key_stages=2), dict(key_warps=2, key_registers=232),
+    dict(key_rows=4, key_warps=2), dict(key_cols=4, key_warps=2), dict(key_rows=4, key_cols=4, key_warps=1),
+    dict(key_queries=32, key_registers=168), dict(list_rows=16), dict(list_warps=2), dict(rank_queries=8, rank_warps=2),
+    dict(rank_queries=32, rank_warps=8), dict(scratch=1)]
 
 
 def sweep(layouts=tuple(LAYOUTS), batch=2, queries=900, repeats=30, variants=VARIANTS):
