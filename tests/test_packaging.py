@@ -96,6 +96,26 @@ def test_readme_times_and_errors_come_from_result_files():
         assert f"| {label} | {own[0]:.2f} | {own[1]:.2f} | {dense['forward_backward']['to_cudnn']:.1f} |" in readme
 
 
+def test_readme_training_figures_come_from_result_files():
+    readme = (ROOT / "README.md").read_text()
+    training = result("training.json")
+    rows = {(r["config"], r["batch"], r["model"], r["frozen"], r["attention"]): r for r in training["records"]
+            if r["precision"] == "bf16" and r["checkpointing"] and not r["compile"]}
+    for config, label in (("cmt_aqr_voxel0100_r50_800x320_cbgs", "ResNet-50, 800×320"),
+                          ("cmt_aqr_voxel0075_vov_1600x640_cbgs", "VoVNet-99, 1600×640")):
+        for batch in (2, 4):
+            full, frozen, matrix = (rows[config, batch, "aqr", *rest] for rest in ((False, "windows"), (True, "windows"), (True, "unfused")))
+            pace = full["samples_per_second"] / rows[config, batch, "cmt", False, "windows"]["samples_per_second"]
+            paces = [f"{r['samples_per_second']:.1f}" for r in (full, frozen)]
+            peaks = [f"{r['memory_mib']['peak'] / 1024:.1f}" for r in (full, frozen, matrix)]
+            assert f"| {label}, batch {batch} | {pace:.2f} | {' | '.join(paces + peaks)} |" in readme
+    kept = [numbers["plain"]["4"] for numbers in result("scaling.json")["summary"].values()]
+    assert f"{100 * min(kept):.0f} to {100 * max(kept):.0f} % of the pace" in readme
+    assert f"({100 * result('instruments.json')['share_with_file']:.1f} % of a step" in readme
+    launches = [r["graph_ms"] for r in result("windows.json")["records"] if r["way"] == "fused"]
+    assert f"four launches and take {max(launches):.3f} ms" in readme
+
+
 def run_with_torch_alone(code, folder):
     """Run code where nothing of the optional stack can be imported, against the package in `folder`."""
     blocker = f"""
@@ -113,7 +133,7 @@ def test_torch_alone_is_enough_for_the_attention_part(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     done = run_with_torch_alone("""
 import cmtaqr, torch
-from cmtaqr import sensitivity, geometry, bias, router
+from cmtaqr import sensitivity, projection, geometry, scale, bias, router, modulation
 from cmtaqr.attention import biased_attention
 assert cmtaqr.__file__.startswith(sys.path[0]), cmtaqr.__file__
 layout = geometry.TokenLayout(lidar=(8, 8), camera=None)
