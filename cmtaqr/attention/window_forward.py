@@ -92,7 +92,7 @@ def _own_kernel(q, k, v, out, exact, stats, parts, levels, places, lists, counts
     tl.store(stats, tl.where(l == 0, 0.0, m))
     tl.store(stats + num_queries, inverse)
 
-# %% ../../nbs/14a_window_forward.ipynb #7ad08c52
+# %% ../../nbs/14a_window_forward.ipynb #2cc3bc31
 def _like_heads(t, dtype=None):
     """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
     batch, heads, rows, dim = t.shape
@@ -173,7 +173,7 @@ def window_forward(q, k, v, cells, seen, plan):
         return buffers
     samples, parts = _samples(q, plan, torch.float32)
     levels = parts.new_empty(*parts.shape[:4], 2)
-    start = starter(('window_forward', *plan, *TUNING.values()), q, k, v, cells)
+    start = starter(('window_forward', *plan, *TUNING.values()), q, k, v, cells, seen)
     strides, unit = _strides(q, k, v), dim ** -0.5 * LOG2E
     place_queries(cells, seen, places, start)
     rank_queries(places, lists, counts, plan, start)
