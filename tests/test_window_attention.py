@@ -272,7 +272,7 @@ def test_gpu_memory_does_not_grow_with_queries_times_keys(kernels):
     torch.cuda.reset_peak_memory_stats()
     results = gradients(windows, inputs, grad)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.numel() * t.element_size() for t in results)
-    assert extra < 20 * 2**20  # parts 10.5 MiB forward, 5.3 backward; lists 6.3; the output in fp32 3.5
+    assert extra < 16 * 2**20  # in the backward pass lists 6.3 MiB after parts 5.3, the output in fp32 3.5
 
 
 @pytest.mark.gpu
