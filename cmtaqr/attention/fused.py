@@ -6,17 +6,17 @@
 __all__ = ['BLOCK', 'TILE', 'LAUNCH', 'Launch', 'launch_for', 'attention_op', 'attention_backward_op', 'plan_op', 'plan_bias',
            'fused_attention']
 
-# %% ../../nbs/15_fused.ipynb #c17319ed
+# %% ../../nbs/15_fused.ipynb #9ee75b5e
 import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
+from .launch import observed
 from .plan import layout_numbers, map_numbers, plan_windows
 from .window_forward import _like_heads
 from ..bias import LocalBias
@@ -202,7 +202,7 @@ def _backward(ctx, grad, *_):
 
 attention_op.register_autograd(_backward, setup_context=_setup)
 
-# %% ../../nbs/15_fused.ipynb #a20df9ce
+# %% ../../nbs/15_fused.ipynb #e922a76d
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -218,12 +218,6 @@ class _Eager(torch.autograd.Function):
         grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings, wants)
         return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
-
-def _observed(q):
-    """Whether somebody looks at the operations: a compiler, a dispatch mode, a transform, or a tensor that is more than one."""
-    looked_at = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return looked_at or type(q) not in (Tensor, torch.nn.Parameter) or bool(_get_current_dispatch_mode_stack())
-
 # %% ../../nbs/15_fused.ipynb #b87554c8
 @torch.library.custom_op('cmtaqr::plan_windows', mutates_args=())
 def plan_op(cells: Tensor, seen: Tensor, layout: list[int], block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,10 +232,10 @@ def _(cells, seen, layout, block, tile):
     return (seen.new_empty((layout[0] > 0) + (layout[4] > 0), batch, blocks * block, dtype=torch.int32),
             seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32), seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #98f0f63d
+# %% ../../nbs/15_fused.ipynb #67badce4
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
-    plan = plan_op if _observed(bias.windows.cells) else plan_windows
+    plan = plan_op if observed(bias.windows.cells) else plan_windows
     return plan(bias.windows.cells.contiguous(), bias.windows.seen.contiguous(), layout_numbers(bias.windows), BLOCK, TILE)
 
 
@@ -285,6 +279,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
     ignored = nothing if key_mask is None else key_mask.contiguous()
     exact = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, value))
     inputs = q, k, v, value, order, centres, ranges, ignored, numbers, decay, kind, scale, exact
-    if _observed(q):
+    if observed(q):
         return attention_op(*inputs)[0]
     return _Eager.apply(*inputs) if exact else _attention(*inputs)[0]

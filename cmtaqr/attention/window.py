@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['window_attention']
 
-# %% ../../nbs/14c_window.ipynb #bfd2166d
+# %% ../../nbs/14c_window.ipynb #5717a947
 import os
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from .launch import observed
 from .reference import _check_bias, _check_heads, window_attention_reference
 from ..geometry import Windows
 
@@ -79,7 +80,7 @@ def _(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv)
     from cmtaqr.attention.window_backward import backward_buffers
     return backward_buffers(q, k, need_q, need_kv)
 
-# %% ../../nbs/14c_window.ipynb #99ad5898
+# %% ../../nbs/14c_window.ipynb #a698db3f
 def _save(ctx, inputs, output):
     q, k, v, _, _, ctx.plan = inputs
     ctx.mark_non_differentiable(*output[1:])
@@ -97,7 +98,29 @@ def _differentiate(ctx, grad, *_):
 
 _window_attention.register_autograd(_differentiate, setup_context=_save)
 
-# %% ../../nbs/14c_window.ipynb #9deae40f
+
+class _Eager(torch.autograd.Function):
+    """The same past the dispatcher, for plain eager mode; see `launch.observed`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cells, seen, plan):
+        from cmtaqr.attention.window_forward import window_forward
+        with torch.cuda.device_of(q):
+            out, *kept = window_forward(q, k, v, cells, seen, plan)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        from cmtaqr.attention.window_backward import window_backward
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        with torch.cuda.device_of(grad):
+            dq, dk, dv = window_backward(grad, *ctx.saved_tensors, ctx.plan, need_q, need_k or need_v)
+        return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
+
+# %% ../../nbs/14c_window.ipynb #f7d8f813
 def _check_windows(q, k, v, windows):
     _check_heads(q, k, v)
     if not isinstance(windows, Windows):
@@ -139,5 +162,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend:
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
     if backend == 'triton' or backend == 'auto' and q.is_cuda and not obstacle:
-        return _window_attention(q, k, v, windows.cells, windows.seen, _plan(windows))[0]
+        inputs = q, k, v, windows.cells, windows.seen, _plan(windows)
+        return _window_attention(*inputs)[0] if observed(q) else _Eager.apply(*inputs)
     return window_attention_reference(q, k, v, windows)
