@@ -36,7 +36,7 @@ from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, col
 from .scale_out import to_channels_last
 from .state import ResumeError, SafeCheckpointHook, StateHook
 
-# %% ../../nbs/52_runner.ipynb #3e2475d2
+# %% ../../nbs/52_runner.ipynb #570a2638
 _runs = itertools.count()
 
 
@@ -56,7 +56,7 @@ class FileLogRunner(Runner):
         """Freeze, lay out and compile the parts asked for; put the model on the device of the run, be it the CPU beside a GPU."""
         freeze_modules(model, self.cfg.get("frozen") or [])  # before several processes' wrapper asks what will have gradients
         to_channels_last(model, self.cfg.get("channels_last") or [])  # likewise: it notes the layout of gradients
-        if self.cfg.randomness.get("deterministic") and torch.device(self.cfg.get("device", "cpu")).type == "cuda":
+        if (self.cfg.get("randomness") or {}).get("deterministic") and torch.device(self.cfg.get("device", "cpu")).type == "cuda":
             from cmtaqr.detector.steady import steady_convolutions
             steady_convolutions(model)
         if self.cfg.get("compiled_parts"):
