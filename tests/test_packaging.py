@@ -70,6 +70,8 @@ def test_readme_figures_come_from_result_files():
         values = [demo[run]["metrics"][metric] for run in ("untrained", "trained")]
         assert f"| {metric} | {values[0]:.3f} | {values[1]:.3f} |" in readme
         assert values[1] > values[0] + 0.05
+    weights = result("demo_weights.json")["weights"]["all"]
+    assert f"go to {weights['lidar']['mean']:.2f} everywhere, the cameras' to {weights['camera']['mean']:.2f} on average" in readme
     assert f"mAP {overfit['mAP']:.3f}" in readme and f"{overfit['iterations']} iterations and {overfit['seconds']:.0f} s" in readme
 
 
