@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_processes', 'write_status', 'StatusHook', 'first_failure', 'launch', 'stop', 'explain', 'sbatch_file']
 
-# %% ../../nbs/50e_launch.ipynb #ae5b171f
+# %% ../../nbs/50e_launch.ipynb #60c72fb3
+import ctypes
 import json
 import os
 import signal
@@ -136,7 +137,16 @@ def first_failure(folder):
 def _tail(path, lines=20):
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
 
-# %% ../../nbs/50e_launch.ipynb #d1aac9ee
+# %% ../../nbs/50e_launch.ipynb #9880e9bc
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _end_with_launcher():
+    """In the agent before it begins: ask for SIGTERM at the launcher's death."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def launch(module, arguments, work_dir, nproc, port=None, mode="auto", poll=0.5, patience=30.0):
     """Run a module in several processes and wait for their end.
 
@@ -164,7 +174,8 @@ def launch(module, arguments, work_dir, nproc, port=None, mode="auto", poll=0.5,
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     watch = _Watch(status, mode)
     with open(logs / "agent.log", "w") as output:
-        agent = subprocess.Popen(call, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        agent = subprocess.Popen(call, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+                                 preexec_fn=_end_with_launcher)
         try:
             while agent.poll() is None:
                 watch.look()
