@@ -134,6 +134,14 @@ def test_refusals(toy, capsys):
     assert not (toy / "run").exists()
 
 
+def test_a_run_that_stops_itself_says_why_in_a_line(toy, capsys):
+    hooks = 'custom_hooks = [dict(type="HistoryHook"), dict(type="FaultHook", in_a_row=1)]\nmodel.update(fail_at=2)\n'
+    (toy / "nan.py").write_text((toy / "toy.py").read_text() + hooks)
+    words = [str(toy / "nan.py"), f"data_root={toy / 'data'}", f"work_dir={toy / 'nan'}", "device=cpu", "max_iters=4"]
+    assert train_main(words) == 1
+    assert "steps in a row were skipped" in capsys.readouterr().err
+
+
 def test_evaluation_in_two_processes_gives_the_metrics_of_one(tmp_path):
     pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
     from cmtaqr.data.nuscenes import make_infos

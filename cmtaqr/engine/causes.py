@@ -15,7 +15,7 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.model import is_model_wrapper
 
-# %% ../../nbs/51f_causes.ipynb #747172f2
+# %% ../../nbs/51f_causes.ipynb #59ec75f2
 class OutOfMemory(RuntimeError):
     """A GPU's memory did not suffice; the message says what held it."""
 
@@ -73,10 +73,10 @@ def memory_report(error, runner):
         advice += ["stop the other programs on this GPU (nvidia-smi)"] * (others > 0.1 * size)
         advice += ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory is lost between blocks)"] * (unused > 0.1 * size)
     batch = runner.train_dataloader.batch_size
-    advice += [f"batch_size below {batch}, with accumulative_counts in optim_wrapper for the same effect"] * (batch > 1)
+    advice += [f"batch_size below {batch}, with accumulate for the same effect"] * (batch > 1)
     advice += ["precision=bf16"] * (runner.cfg.get("precision", "fp32") == "fp32")
     advice += ["activation_checkpointing in the config (list of module names)"] * (not runner.cfg.get("activation_checkpointing"))
-    advice += ["frozen backbones"] * all(p.requires_grad for p in model.parameters()) + ["smaller images or fewer queries"]
+    advice += ["freeze=True (backbones)"] * all(p.requires_grad for p in model.parameters()) + ["smaller images or fewer queries"]
     return "\n".join([*lines, f"What to change, the first helps most: {'; '.join(advice)}"])
 
 # %% ../../nbs/51f_causes.ipynb #f40baf2c

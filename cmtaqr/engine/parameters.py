@@ -44,7 +44,7 @@ def find_config(config):
     where = f" (looked in {Path.cwd()})" if path.suffix == ".py" else ""
     raise ParameterError(f"no config {config!r}{where}{nearest(path.stem, config_names())}")
 
-# %% ../../nbs/50_parameters.ipynb #d1a4288c
+# %% ../../nbs/50_parameters.ipynb #6676bd7d
 BIAS_FORMS = dict(uniform=dict(use_local_bias=True, use_gaussian_window=False),
                   gaussian=dict(use_local_bias=True, use_gaussian_window=True),
                   **{"global": dict(use_local_bias=False, use_gaussian_window=False)})
@@ -116,6 +116,8 @@ class RunParameters(Parameters):
         if self.nodes > 1 and self.launcher != "slurm":
             raise ParameterError(f"nodes={self.nodes}, but launcher={self.launcher!r} starts processes on this machine alone: use "
                                  "launcher='slurm', or nodes=1")
+        if self.port is not None and self.port > 65535:
+            raise ParameterError(f"port={self.port} is no TCP port: choose one from 1024 to 65535, or leave it out for a free one")
         scale = {n: getattr(self, n) for n in ("min_scale", "bias_scale", "max_scale") if getattr(self, n) is not None}
         if list(scale.values()) != sorted(scale.values()):
             given = ", ".join(f"{n}={v}" for n, v in scale.items())

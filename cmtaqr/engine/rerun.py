@@ -118,7 +118,7 @@ def compare_losses(first, second):
     equal = different is None and len(first) == len(second)
     return dict(iterations=len(pairs), equal=equal, first_difference=different, largest=largest)
 
-# %% ../../nbs/56k_rerun.ipynb #934a1c33
+# %% ../../nbs/56k_rerun.ipynb #46d5a1da
 def rerun(folder, out, tolerance=0.0):
     """Repeat a run.
 
@@ -167,7 +167,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         outcome = rerun(options.run, options.out or f"{options.run.rstrip('/')}_again", options.tolerance)
-    except (FileNotFoundError, ParameterError, RuntimeError, ValueError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps(outcome.get("losses") or outcome.get("metrics")))

@@ -54,7 +54,7 @@ def assignments(words):
             raise ParameterError(f"{word!r}: the value is not readable ({error})".replace("\n", " ")) from error
     return values
 
-# %% ../../nbs/56i_train_command.ipynb #6cbe7e42
+# %% ../../nbs/56i_train_command.ipynb #a4392587
 LAUNCHING = "nproc", "launcher", "nodes", "port"
 
 
@@ -94,7 +94,7 @@ def run_command(kind, cls, here, arguments=None):
             print(f"wrote {path}: look at it, add partition and environment, then `sbatch {path}`")
             return 0
         result = here(params, cfg) if params.nproc == 1 else run_launched(kind, params)
-    except (ParameterError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:  # the last: too many steps skipped
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
