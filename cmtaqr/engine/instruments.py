@@ -59,7 +59,7 @@ def read_instruments(folder, filename="instruments.json"):
         raise FileNotFoundError(f"no {path}: was {folder} trained with AQR and with InstrumentsHook among its hooks?")
     return json.loads(path.read_text())
 
-# %% ../../nbs/53a_instruments.ipynb #ed40be37
+# %% ../../nbs/53a_instruments.ipynb #b6a522f9
 @HOOKS.register_module(force=True)
 class InstrumentsHook(Hook):
     """Record what AQR decides, in TensorBoard and in a JSON file of the work folder; never on the terminal.
@@ -195,7 +195,7 @@ class InstrumentsHook(Hook):
         groups |= {f"bias/{i}": (pair, self._generator.limit) for i, pair in enumerate(record["bias"])}
         for name, (pair, bound) in groups.items() if board is not None else ():
             for modality, seen in pair.items():
-                if seen["number"]:
+                if seen["number"] and seen["mean"] is not None:  # None: NaN, or a bias without a bound
                     edges = torch.linspace(-bound, bound, BINS + 1).tolist()
                     moments = seen["number"], seen["number"] * seen["mean"], seen["number"] * (seen["mean"]**2 + seen["std"]**2)
                     board.experiment.add_histogram_raw(f"instruments/{name}/{modality}", -bound, bound, *moments, edges[1:],
