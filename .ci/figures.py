@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Redraw the README's figures: the demo's from outputs/demo, the real frame's from nbs/results."""
+"""Redraw the kept figures: the demo's from outputs/demo, those of the real frame and of training speed from nbs/results."""
 import json
 import shutil
 from pathlib import Path
@@ -7,14 +7,20 @@ from pathlib import Path
 import cv2
 
 from cmtaqr.engine.overfit import plot_overfit
+from cmtaqr.engine.scaling import plot_scaling
+from cmtaqr.engine.train_speed import plot_training
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "nbs" / "figures"
 
 
-def overfit():
-    result = json.loads((ROOT / "nbs/results/overfit_real_frame.json").read_text())
-    plot_overfit(result).savefig(FIGURES / "overfit.png", dpi=80)
+RESULTS = dict(overfit=("overfit_real_frame", plot_overfit), training=("training", plot_training), scaling=("scaling", plot_scaling))
+
+
+def measured():
+    """The drawings of files of nbs/results."""
+    for name, (source, plot) in RESULTS.items():
+        plot(json.loads((ROOT / f"nbs/results/{source}.json").read_text())).savefig(FIGURES / f"{name}.png", dpi=80)
 
 
 def demo():
@@ -32,5 +38,5 @@ def demo():
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    overfit()
+    measured()
     demo()

@@ -227,7 +227,7 @@ def main(arguments=None):
     print(f"{len(result['records'])} records, {result.get('left', 0)} cases left")
     return 0
 
-# %% ../../nbs/58c_scaling.ipynb #63f5e634
+# %% ../../nbs/58c_scaling.ipynb #9f4cc72c
 def plot_scaling(result):
     """Efficiency against the number of GPUs, and where the step's time goes.
 
@@ -255,7 +255,8 @@ def plot_scaling(result):
              ylim=(min(0.8, table.efficiency.min()), 1.05))
     last = table[table.nproc == table.nproc.max()].melt("case", ["exchange", "exposed"], "part", "ms")
     sns.barplot(last, x="ms", y="case", hue="part", ax=right)
-    right.set(xlabel=f"exchange of gradients with {table.nproc.max()} GPUs, alone and exposed (ms)", ylabel="")
+    right.set(xlabel=f"exchange of gradients, {table.nproc.max()} GPUs (ms per step)", ylabel="")
+    sns.move_legend(right, "lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, title=None)
     return figure
 
 # %% ../../nbs/58c_scaling.ipynb #56ecd067
