@@ -70,7 +70,7 @@ def verify(config, freeze=None, steps=2, seed=0):
                 saved_bytes={k or "elsewhere": v for k, v in kept.items()}, groups=group_table(rows), rows=rows,
                 problems=problems_of(model, wrapper.optimizer, before, {k: True for k in gradients}))
 
-# %% ../../nbs/52a_freeze.ipynb #6d837425
+# %% ../../nbs/52a_freeze.ipynb #c05003cf
 def _line(row):
     rates = f"lr {row['lr']:.3e}  decay {row['weight_decay']:.3g}"
     return f"{row['tensors']:5d} tensors {row['numbers']:11,d} numbers  {rates}  {row['group']}"
@@ -118,7 +118,7 @@ def main(arguments=None):
                          help="what a run's parameter freeze says; config, the default: nothing")
         sub.add_argument("--json", metavar="FILE", help="write everything to this file too")
         if name == "verify":
-            sub.add_argument("--steps", type=int, default=2, help="optimiser steps, at least 2 (default)")
+            sub.add_argument("--steps", type=int, default=2, help="optimiser steps, at least 2 (default 2)")
     options = parser.parse_args(arguments)
     choice = dict(config=None, true=True, false=False)[options.freeze]
     try:

@@ -139,7 +139,7 @@ def measure_overhead(config="cmt_aqr_voxel0100_r50_800x320_cbgs", interval=50, p
         recorded_ms=_spread(recorded), extra_ms=_spread(extra), idle_ms=round(idle, 6), file=file, check=check, memory_mib=memory,
         versions=versions(), commit=git_commit(), machine=machine(), command=command())
 
-# %% ../../nbs/58b_overhead.ipynb #72944e1f
+# %% ../../nbs/58b_overhead.ipynb #77895b68
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.overhead --out FILE`; returns the exit status."""
     about = "Measure what InstrumentsHook costs of a training step."
@@ -150,8 +150,8 @@ def main(arguments=None):
                                 ("intervals", 3, "whole intervals with and without the hook; 0: none"),
                                 ("turns", 10, "LiDAR turns per sample"), ("warmup", 5, "steps before")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--batch-size", type=int, help="samples per step (default: the config's)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, fp32 elsewhere")
+    parser.add_argument("--batch-size", type=int, help="samples per step; None: the config's")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="None: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", required=True, help="JSON file to write")
     options = vars(parser.parse_args(arguments))
