@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'write_job', 'read_job', 'run_record_of', 'join', 'work', 'run_launched', 'write_sbatch', 'main']
 
-# %% ../../nbs/56h_worker.ipynb #b983a397
+# %% ../../nbs/56h_worker.ipynb #1a20dd0d
 import datetime
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from mmengine.dist import is_main_process
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from .configure import checkpoint_file, run_config
+from .configure import run_config
 from .launch import check_processes, launch, sbatch_file
 from .metrics import evaluate
 from .parameters import EvalParameters, TrainParameters
