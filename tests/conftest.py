@@ -33,3 +33,12 @@ def mmdet3d_scope():
     except ImportError:
         return
     init_default_scope("mmdet3d")
+
+
+@pytest.fixture
+def one_thread():
+    """As many threads as the processes that a test starts: sums are added up in another order with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

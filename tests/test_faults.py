@@ -15,6 +15,8 @@ from cmtaqr.engine.runner import build_runner  # noqa: E402
 from cmtaqr.engine.safe_files import checkpoints, newest_checkpoint  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path):
     values = write_toy(tmp_path) | dict(max_iters=12)

@@ -17,6 +17,8 @@ from cmtaqr.engine.safe_files import BrokenCheckpoint, checkpoints, newest_check
 from cmtaqr.engine.state import ResumeError  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("length", [dict(epochs=20), dict(max_iters=120)], ids=["epochs", "iterations"])
 def test_killed_at_a_random_moment_and_resumed(tmp_path, length):

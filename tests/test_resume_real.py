@@ -15,6 +15,8 @@ from cmtaqr.engine.hooks import read_history  # noqa: E402
 from cmtaqr.engine.safe_files import newest_checkpoint  # noqa: E402
 from resume_engine import train_toy  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
