@@ -119,7 +119,7 @@ def stretched(schedulers, length, iterations):
         result.append(cfg)
     return result
 
-# %% ../../nbs/51i_configure.ipynb #be852bb8
+# %% ../../nbs/51i_configure.ipynb #74dad010
 def _put_length(cfg, params):
     loop = cfg.train_cfg
     cfg.schedule_length = loop.get("max_epochs") or loop.get("max_iters")
@@ -140,6 +140,8 @@ def _put_test(cfg, params):
     frames = next(_annotation_files(cfg.get("train_dataloader")), None) if params.split == "train" else None
     for unused in (*training, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[unused] = None
+    if not cfg.get("test_evaluator") or not cfg.get("test_dataloader"):
+        raise ParameterError(f"config {params.config!r} says nothing about evaluation: it needs test_dataloader, test_evaluator and test_cfg")
     metric = cfg.test_evaluator
     metric.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
     if metric.get("type") != "NuScenesMetric":
