@@ -177,7 +177,7 @@ class Windows:
             parts.append((in_row[..., :, None] & in_col[..., None, :]).flatten(2))
         return torch.cat(parts, -1)
 
-# %% ../nbs/01b_geometry.ipynb #d5388f66
+# %% ../nbs/01b_geometry.ipynb #36e36625
 def _installed(package):
     try:
         return find_spec(package) is not None
@@ -188,12 +188,12 @@ def _installed(package):
 _TRITON = _installed('triton')
 
 
-def _obstacle(points):
-    """Why the kernel cannot take these points; None if it can."""
+def _no_triton(tensor, name):
+    """Why no kernel of Triton can read this tensor; None if one can."""
     if not _TRITON:
         return 'Triton is not installed: pip install triton'
-    if not points.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
-        return (f'the points are on {points.device} and Triton needs a GPU; TRITON_INTERPRET=1, set before Triton is imported, '
+    if not tensor.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+        return (f'the {name} are on {tensor.device} and Triton needs a GPU; TRITON_INTERPRET=1, set before Triton is imported, '
                 'runs its slow interpreter on the CPU')
     return None
 
@@ -218,7 +218,7 @@ def _fused_cells(points, lidar2img, image_size, layout, point_cloud_range, bev_c
     maps = [*(layout.lidar or (0, 0)), *(layout.camera or (0, 0, 0))]
     return query_cells(points, lidar2img if layout.camera else None, maps, [float(n) for n in bev + camera], views == 'first')
 
-# %% ../nbs/01b_geometry.ipynb #dbf2ee1c
+# %% ../nbs/01b_geometry.ipynb #7b59a73a
 @torch.no_grad()
 def query_windows(points: Tensor, lidar2img: Tensor | None, image_size, layout: TokenLayout, point_cloud_range, bev_cell_size,
                   window_sizes, views: str = 'all', backend: str = 'auto') -> Windows:
@@ -242,8 +242,9 @@ def query_windows(points: Tensor, lidar2img: Tensor | None, image_size, layout: 
     if backend not in ('auto', 'triton', 'reference'):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'reference'")
     fused = backend == 'triton' or backend == 'auto' and points.is_cuda and _TRITON
-    if backend == 'triton' and _obstacle(points):
-        raise RuntimeError(f"backend='triton': {_obstacle(points)}")
+    obstacle = _no_triton(points, 'points') if backend == 'triton' else None
+    if obstacle:
+        raise RuntimeError(f"backend='triton': {obstacle}")
     sizes = _map_sizes(layout, window_sizes)
     _check_points(points, None if layout.camera is None else lidar2img)
     if layout.lidar is not None:

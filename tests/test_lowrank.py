@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from cmtaqr.attention import attention_reference, biased_attention, dispatch, lowrank
-from cmtaqr.attention import window as window_module
 from cmtaqr.attention.flex import flex_biased_attention
 from cmtaqr.attention.lowrank import decompose, flash_bias, global_bias_factors
 from cmtaqr.bias import LocalBias
@@ -420,7 +419,7 @@ def test_gpu_flex_with_a_mask(cuda):
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_gpu_auto_without_triton(cuda, monkeypatch, dtype):
     """A global bias then goes through PyTorch's kernels, within rounding."""
-    monkeypatch.setattr(window_module, "_TRITON", False)
+    monkeypatch.setattr("cmtaqr.geometry._TRITON", False)
     called = []
     monkeypatch.setattr(dispatch, "flash_bias", lambda *args, **kwargs: called.append(1) or flash_bias(*args, **kwargs))
     run = large_problem(cuda, 32, dtype, "global")

@@ -108,10 +108,10 @@ def test_bad_input_is_refused(error, message, change):
 def test_triton_says_what_is_missing(monkeypatch):
     windows = random_windows(SMALL, 2, 9, [4, 3])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("cmtaqr.attention.window._TRITON", True)
+    monkeypatch.setattr("cmtaqr.geometry._TRITON", True)
     with pytest.raises(RuntimeError, match="on cpu and Triton needs a GPU; TRITON_INTERPRET=1"):
         window_attention(*attention_inputs(windows), windows, backend="triton")
-    monkeypatch.setattr("cmtaqr.attention.window._TRITON", False)
+    monkeypatch.setattr("cmtaqr.geometry._TRITON", False)
     with pytest.raises(RuntimeError, match="Triton is not installed: pip install triton"):
         window_attention(*attention_inputs(windows), windows, backend="triton")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned', 'biased_attention']
 
-# %% ../../nbs/16_dispatch.ipynb #2b3a9bc8
+# %% ../../nbs/16_dispatch.ipynb #2b5e0c7d
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from .flex import flex_biased_attention
 from .lowrank import _attend, flash_bias, global_bias_factors
 from .reference import _check_bias, _check_heads, _check_mask, attention_reference
-from .window import _TRITON, _obstacle
+from .window import _obstacle
 from ..bias import LocalBias
-from ..geometry import TokenLayout
+from ..geometry import _TRITON, TokenLayout
 
 # %% ../../nbs/16_dispatch.ipynb #7526fd84
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['flex_biased_attention']
 
-# %% ../../nbs/15a_flex.ipynb #abfb0af1
+# %% ../../nbs/15a_flex.ipynb #9134c2b5
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .reference import _check_bias, _check_heads, _check_mask
-from .window import _TRITON
 from ..bias import LocalBias
+from ..geometry import _TRITON
 
 # %% ../../nbs/15a_flex.ipynb #d71fad39
 def _key_tables(windows):

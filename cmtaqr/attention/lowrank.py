@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flash_bias', 'global_bias_factors', 'DecompositionError', 'decompose']
 
-# %% ../../nbs/15b_lowrank.ipynb #a48da2b3
+# %% ../../nbs/15b_lowrank.ipynb #caa55f5d
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .reference import _check_heads
-from .window import _installed
 from ..bias import LocalBias
+from ..geometry import _installed
 
 # %% ../../nbs/15b_lowrank.ipynb #8296bf9c
 _SDPA = {'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'efficient': SDPBackend.EFFICIENT_ATTENTION,

@@ -5,30 +5,17 @@
 # %% auto #0
 __all__ = ['window_attention']
 
-# %% ../../nbs/14c_window.ipynb #5717a947
-import os
-from importlib.util import find_spec
-
+# %% ../../nbs/14c_window.ipynb #0f7e5f31
 import torch
 from torch import Tensor
 
 from .launch import observed
 from .reference import _check_bias, _check_heads, window_attention_reference
-from ..geometry import Windows
+from ..geometry import Windows, _no_triton
 
-# %% ../../nbs/14c_window.ipynb #2a469e07
+# %% ../../nbs/14c_window.ipynb #965f96ba
 _DTYPES = torch.float16, torch.bfloat16, torch.float32
 _HEAD_DIMS = 16, 32, 64, 128
-
-
-def _installed(package):
-    try:
-        return find_spec(package) is not None
-    except ImportError:
-        return False
-
-
-_TRITON = _installed('triton')
 
 
 def _obstacle(q):
@@ -37,12 +24,7 @@ def _obstacle(q):
         return f'the kernels compute in float16, bfloat16 and float32, got {q.dtype}'
     if q.shape[3] not in _HEAD_DIMS:
         return f'the kernels take head dimensions {_HEAD_DIMS}, got {q.shape[3]}'
-    if not _TRITON:
-        return 'Triton is not installed: pip install triton'
-    if not q.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
-        return (f'the tensors are on {q.device} and Triton needs a GPU; TRITON_INTERPRET=1, set before Triton is imported, '
-                'runs its slow interpreter on the CPU')
-    return None
+    return _no_triton(q, 'tensors')
 
 # %% ../../nbs/14c_window.ipynb #2d77deef
 def _plan(windows):
