@@ -82,12 +82,12 @@ def _place(cells, seen, order, centres, ranges, batch, queries, padded, maps, li
     tl.store(ranges + ((sample * tl.num_programs(0) + block) * maps + m) * 2, tl.minimum(low, high))
     tl.store(ranges + ((sample * tl.num_programs(0) + block) * maps + m) * 2 + 1, high)
 
-# %% ../../nbs/12_plan.ipynb #79e121e3
+# %% ../../nbs/12_plan.ipynb #72f0bb18
 def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Orders of the queries, and what their windows touch.
 
     Args:
-        cells: [B, Q, M, 2] long, contiguous: `Windows.cells`.
+        cells: [B, Q, M, 2] int32 or int64, contiguous: `Windows.cells`.
         seen: [B, Q, M] bool, contiguous: `Windows.seen`.
         layout: `layout_numbers` of the windows.
         block: queries per block.
