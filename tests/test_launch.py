@@ -80,7 +80,7 @@ def test_two_processes_take_the_steps_of_one(toy):
     assert result["training"]["processes"] == 2 and result["training"]["samples"] == 32
     assert json.loads((toy / "both" / "status.json").read_text())["step"] == 8
     tables = json.loads((toy / "both" / "tables.json").read_text())
-    assert tables["model"][-1]["part"] == "total" and {g["group"] for g in tables["groups"]} >= {"base"}
+    assert [row["part"] for row in tables["model"]] == ["line", "aqr_bias", "total"] and {g["group"] for g in tables["groups"]} >= {"base"}
     assert len(list((toy / "both" / "ranks").rglob("stderr.log"))) == 2
 
 
@@ -148,13 +148,15 @@ def test_evaluation_in_two_processes_gives_the_metrics_of_one(tmp_path):
     from cmtaqr.data.world import make_world
 
     world = tmp_path / "world"
-    make_world(world, scenes=["scene-0061", "scene-0103"], keyframes=3, sweeps=0, image_size=(400, 225), workers=1, progress=False)
+    make_world(world, scenes=["scene-0061", "scene-0103"], keyframes=3, sweeps=0, image_size=(400, 225), workers=1,
+               progress=False)
     make_infos(world)
     found = {}
     for nproc in (1, 2):
         words = [sys.executable, "-m", "cmtaqr.engine.eval", "cmt_aqr_tiny", f"data_root={world}", "untrained=true", "device=cpu",
                  f"work_dir={tmp_path / str(nproc)}", "num_workers=0", "batch_size=1", "--nproc", str(nproc)]
-        done = subprocess.run(words, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+        env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[nproc] = json.loads((tmp_path / str(nproc) / "result.json").read_text())
     assert found[1]["metrics"] == found[2]["metrics"] and found[1]["classes"] == found[2]["classes"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_run', 'config_changes', 'differences', 'compare_losses', 'rerun', 'main']
 
-# %% ../../nbs/56k_rerun.ipynb #e7a566b4
+# %% ../../nbs/56k_rerun.ipynb #a26f160d
 import argparse
 import dataclasses
 import json
@@ -16,13 +16,11 @@ from pathlib import Path
 from mmengine.config import Config
 
 from .configure import _flat, run_config
-from .eval import evaluate_here
 from .hooks import read_history
 from .parameters import EvalParameters, ParameterError, TrainParameters
 from .record import git_commit, machine, versions, write_json
 from .runner import safe_settings
-from .train import train_here
-from .worker import run_launched
+from .worker import run
 
 # %% ../../nbs/56k_rerun.ipynb #fc9bd242
 def read_run(folder):
@@ -118,7 +116,7 @@ def compare_losses(first, second):
     equal = different is None and len(first) == len(second)
     return dict(iterations=len(pairs), equal=equal, first_difference=different, largest=largest)
 
-# %% ../../nbs/56k_rerun.ipynb #46d5a1da
+# %% ../../nbs/56k_rerun.ipynb #8e670a8f
 def rerun(folder, out, tolerance=0.0):
     """Repeat a run.
 
@@ -143,8 +141,7 @@ def rerun(folder, out, tolerance=0.0):
     found = differences(record, folder, cfg)
     for sentence in found:
         print(sentence)
-    here = train_here if kind == "train" else evaluate_here
-    result = here(params, cfg) if params.nproc == 1 else run_launched(kind, params)
+    result = run(kind, params, cfg)
     outcome = dict(run=str(folder), differences=found)
     if kind == "train":
         losses = compare_losses(*(read_history(f)["records"] for f in (folder, out)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLogRunner', 'MixedPrecisionWrapper', 'safe_settings', 'build_runner', 'parameter_groups', 'model_size', 'train']
 
-# %% ../../nbs/52_runner.ipynb #18ddd76b
+# %% ../../nbs/52_runner.ipynb #83a38e22
 import contextlib
 import copy
 import itertools
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.model import is_model_wrapper
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
@@ -181,16 +180,19 @@ def safe_settings(cfg):
     cfg.custom_hooks = hooks + [dict(type=hook.__name__, **settings[hook]) for hook in missing]
     return cfg
 
-# %% ../../nbs/52_runner.ipynb #0165b26b
+# %% ../../nbs/52_runner.ipynb #0911ab07
 def build_runner(params, cfg):
-    """Write `run.json` and build the runner; for training, with the schedule stretched over its iterations.
+    """Write `run.json` and build the runner.
 
     Args:
         params: The run's parameters.
         cfg: Their `run_config`.
 
     Returns:
-        `FileLogRunner`, ready for `train` or `test`.
+        `FileLogRunner`, ready for `train`, with the schedule stretched over its iterations, or for `test`, with its weights.
+
+    Raises:
+        CheckpointMismatch, BrokenCheckpoint: The weights to evaluate are not this model's, or not whole.
     """
     file, record = Path(cfg.work_dir, "run.json"), run_record(params)
     if cfg.resume and file.is_file():
@@ -209,9 +211,13 @@ def build_runner(params, cfg):
     runner = FileLogRunner.from_cfg(safe_settings(cfg) if cfg.get("train_cfg") else cfg)
     if cfg.get("train_cfg"):
         runner.param_schedulers = stretched(cfg.get("param_scheduler"), cfg.schedule_length, runner.train_loop.max_iters)
+    elif params.untrained:
+        runner._init_model_weights()  # mmengine's, which gives all processes the same; it calls it in training alone
+    else:
+        runner.load_or_resume()
     return runner
 
-# %% ../../nbs/52_runner.ipynb #767ea9ca
+# %% ../../nbs/52_runner.ipynb #4167adb7
 def parameter_groups(runner):
     """The optimiser's groups, put together by the rule that made them.
 
@@ -236,7 +242,7 @@ def model_size(model):
     Returns:
         List of dictionaries: part (top-level module), parameters, trainable, MiB (parameters and buffers); the last is the total.
     """
-    rows = []
+    rows, model = [], model.module if is_model_wrapper(model) else model
     for name, part in [*model.named_children(), ("total", model)]:
         tensors = list(part.parameters())
         if tensors or name == "total":
