@@ -1,5 +1,6 @@
 """Box codes, matching, losses and denoising against the golden files."""
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_matching(shared, case):
         close(cls, golden[f"out/{case}/cls_cost"])
         close(reg, golden[f"out/{case}/reg_cost"])
         close(cls + reg, golden[f"out/{case}/cost"])
-    assigned = match(logits, codes, labels, gt)
+    assigned, = match(logits[None], codes[None], [labels], [gt])
     assert torch.equal(assigned + 1, golden[f"out/{case}/assigned_gt_inds"])
     expected = torch.full_like(assigned, -1)
     expected[assigned >= 0] = labels[assigned[assigned >= 0]]
@@ -77,6 +78,41 @@ def test_set_loss(shared):
     cls, box, _ = set_loss(predictions["cls_logits"][0], codes[0], [labels[0][:0]] * 2, [gt[0][:0]] * 2)
     close(cls, golden["out/no_gt/loss_cls"])
     close(box, golden["out/no_gt/loss_bbox"])
+
+
+def test_targets_are_pairs():
+    """Objects of some samples only, of none, and more objects than queries, in several layers at once."""
+    torch.manual_seed(0)
+    gt, labels = torch.randn(3, 10), torch.tensor([2, 0, 1])
+    codes, logits = torch.randn(2, 2, 2, 10), torch.randn(2, 2, 2, 4)
+    for count, positives in (((3, 1), 3), ((0, 3), 2), ((0, 0), 0)):
+        cls, box, assigned = set_loss(logits, codes, [labels[:n] for n in count], [gt[:n] for n in count])
+        assert cls.shape == box.shape == (2,) and assigned.shape == (2, 2, 2)
+        for layer in range(2):
+            pairs = [(b, q, g) for b in range(2) for q, g in enumerate(assigned[layer, b].tolist()) if g >= 0]
+            assert len(pairs) == positives
+            weights = torch.tensor(LossSettings().code_weights)
+            total = sum(((codes[layer, b, q] - gt[g]).abs() * weights).sum() for b, q, g in pairs)
+            close(box[layer], torch.as_tensor(0.25 * total / max(positives, 1)))
+
+
+@pytest.mark.gpu
+def test_waits(cuda):
+    """The losses of all layers and samples wait for the GPU twice: costs to the host, pairs back."""
+    codes, logits = torch.randn(6, 4, 900, 10, device=cuda), torch.randn(6, 4, 900, 10, device=cuda)
+    gt, labels = [torch.randn(n, 10, device=cuda) for n in (40, 0, 7, 1)], [torch.arange(n, device=cuda) % 10 for n in (40, 0, 7, 1)]
+    expected = set_loss(logits.cpu(), codes.cpu(), [x.cpu() for x in labels], [x.cpu() for x in gt])
+    set_loss(logits, codes, labels, gt)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = set_loss(logits, codes, labels, gt)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(w.message) for w in seen) == 2
+    for x, y in zip(found, expected):
+        close(x.cpu(), y)
 
 
 def test_denoising(shared):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# %% ../../nbs/35_denoising.ipynb #63d753f5
+# %% ../../nbs/35_denoising.ipynb #abdef0dd
 @dataclass
 class DenoisingQueries:
     """Noised copies of a batch's objects. P slots, N used slots over the batch, B samples, Q match queries.
@@ -41,8 +41,8 @@ class DenoisingQueries:
         return self.anchors.shape[1]
 
     def take(self, prediction):
-        """The used slots of a prediction [B, P, C] -> [N, C]."""
-        return prediction[self.sample, self.slot]
+        """The used slots of a prediction [..., B, P, C] -> [..., N, C]."""
+        return prediction[..., self.sample, self.slot, :]
 
 # %% ../../nbs/35_denoising.ipynb #8cefa5fa
 def denoising_mask(groups, slots_per_group, num_query, device=None):

@@ -21,7 +21,7 @@ from .image import CPFPN
 from .losses import LossSettings, box_cost, decode_boxes, encode_boxes, focal_cost, match, set_loss
 from .vovnet import OSAStage
 
-# %% ../../nbs/38d_golden_parts.ipynb #c9e12523
+# %% ../../nbs/38d_golden_parts.ipynb #d2d9dc1e
 def loss_settings(config):
     """Weights of matching and losses: by their own names, or out of a phrase such as "focal alpha .25 gamma 2 weight 2.0"."""
     found = {f.name: config[f.name] for f in fields(LossSettings) if f.name in config}
@@ -71,7 +71,7 @@ def matching(golden):
         codes, logits, gt = golden[name[0]], golden[f"in/{name[1]}/logits"], encode_boxes(boxes)
         cls = settings.cls_weight * focal_cost(logits, labels, settings.alpha, settings.gamma)
         reg = settings.bbox_weight * box_cost(codes, gt, settings.code_weights, settings.match_codes)
-        assigned = match(logits, codes, labels, gt, settings)
+        assigned, = match(logits[None], codes[None], [labels], [gt], settings)
         yield from ((f"{case}cls_cost", cls), (f"{case}reg_cost", reg), (f"{case}cost", cls + reg))
         yield f"{case}assigned_gt_inds", assigned + 1
         yield f"{case}assigned_labels", torch.cat([labels, labels.new_tensor([-1])])[assigned]
@@ -87,15 +87,14 @@ def losses(golden):
     gt, logits, codes = [encode_boxes(b) for b in boxes], predictions["cls_logits"], _codes(predictions)
     if len(gt) != logits.shape[1]:
         raise ValueError(f"{golden.path} has objects of {len(gt)} samples and predictions of {logits.shape[1]}")
-    empty = [x[:0] for x in labels], [x[:0] for x in gt]
-    for layer in range(len(logits)):
-        cls, box, assigned = set_loss(logits[layer], codes[layer], labels, gt, settings)
+    empty = set_loss(logits, codes, [x[:0] for x in labels], [x[:0] for x in gt], settings)
+    for layer, (cls, box, assigned) in enumerate(zip(*set_loss(logits, codes, labels, gt, settings))):
         background = labels[0].new_tensor([logits.shape[-1]])
         target = torch.stack([torch.cat([x, background])[a] for a, x in zip(assigned, labels)])
         positive = (assigned >= 0).sum()
         found = dict(loss_cls=cls, loss_bbox=box, target_labels=target, num_pos=positive, num_neg=assigned.numel() - positive)
         yield from ((f"out/layer{layer}/{name}", value) for name, value in found.items())
-        cls, box, _ = set_loss(logits[layer], codes[layer], *empty, settings)
+        cls, box, _ = (x[layer] for x in empty)
         for place in (["out/no_gt"] if layer == 0 else []) + [f"out/no_gt/layer{layer}"]:
             yield from ((f"{place}/loss_cls", cls), (f"{place}/loss_bbox", box))
 

@@ -29,7 +29,7 @@ from ..geometry import TokenLayout
 def _mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
-# %% ../../nbs/36_head.ipynb #69f6dfa8
+# %% ../../nbs/36_head.ipynb #2c48938f
 @MODELS.register_module(force=True)
 class CmtHead(AqrMixin, PositionMixin, BaseModule):
     """CMT's query head, with AQR where `aqr` is given.
@@ -183,28 +183,34 @@ class CmtHead(AqrMixin, PositionMixin, BaseModule):
     @island("losses")
     def loss_by_feat(self, out, boxes, labels):
         """`loss` from the result of `forward`; boxes with gravity centre."""
-        dn, losses, last, first = out["dn"], {}, len(self.transformer.decoder.layers) - 1, 0
-        num_boxes = reduce_mean(boxes[0].new_tensor([0.0 if dn is None else len(dn.slot)])).item()
+        dn, losses, first = out["dn"], {}, 0
+        num_boxes = reduce_mean(torch.full((), 0.0 if dn is None else float(len(dn.slot)), device=boxes[0].device))
         for t, num_classes in enumerate(self.tasks):
-            mine = [(x >= first) & (x < first + num_classes) for x in labels]
-            gt_codes = [encode_boxes(b[m]) for b, m in zip(boxes, mine)]
-            gt_labels = [x[m] - first for x, m in zip(labels, mine)]
-            for i in range(last + 1):
-                logits, codes = _layer(out["tasks"][t], i)
-                terms = dict(zip(("loss_cls", "loss_bbox"), set_loss(logits, codes, gt_labels, gt_codes, self.settings)))
-                if self.denoising is not None:
-                    pair = logits.sum() * 0, codes.sum() * 0
-                    if dn is not None:
-                        pair = self._denoising_loss(dn, *_layer(out["dn_tasks"][t], i), first, num_boxes)
-                    terms.update(zip(("dn_loss_cls", "dn_loss_bbox"), pair))
-                for name, value in terms.items():
-                    name = name if i == last else f"d{i}.{name}"
-                    losses[name] = losses.get(name, 0) + value
+            logits, codes = _predictions(out["tasks"][t])
+            gt_labels, gt_codes = self._objects(boxes, labels, first, num_classes)
+            terms = dict(zip(("loss_cls", "loss_bbox"), set_loss(logits, codes, gt_labels, gt_codes, self.settings)))
+            if self.denoising is not None:
+                pair = logits.sum((1, 2, 3)) * 0, codes.sum((1, 2, 3)) * 0
+                if dn is not None:
+                    pair = self._denoising_loss(dn, *_predictions(out["dn_tasks"][t]), first, num_boxes)
+                terms.update(zip(("dn_loss_cls", "dn_loss_bbox"), pair))
+            for name, values in terms.items():
+                for i, value in enumerate(values):
+                    key = name if i == len(values) - 1 else f"d{i}.{name}"
+                    losses[key] = losses.get(key, 0) + value
             first += num_classes
         return losses
 
+    def _objects(self, boxes, labels, first, num_classes):
+        """Labels within one task and box codes of its objects, per sample."""
+        codes = encode_boxes(torch.cat(boxes)).split([len(b) for b in boxes])
+        if len(self.tasks) == 1:
+            return labels, codes
+        mine = [(x >= first) & (x < first + num_classes) for x in labels]
+        return [x[m] - first for x, m in zip(labels, mine)], [c[m] for c, m in zip(codes, mine)]
+
     def _denoising_loss(self, dn, logits, codes, first, num_boxes):
-        """Denoising losses of one task and layer; boxes of other tasks count as background and regress nothing."""
+        """Denoising losses of one task, per layer; boxes of other tasks count as background and regress nothing."""
         num_classes = logits.shape[-1]
         local = torch.where((dn.labels >= first) & (dn.labels < first + num_classes), dn.labels - first, num_classes)
         mine = (dn.raw_labels >= first) & (dn.raw_labels < first + num_classes)
@@ -228,7 +234,7 @@ class CmtHead(AqrMixin, PositionMixin, BaseModule):
         for b, meta in enumerate(metas):
             parts, first = [], 0
             for task, num_classes in zip(out["tasks"], self.tasks):
-                logits, codes = _layer(task, -1)
+                logits, codes = _predictions(task, -1)
                 boxes, scores, labels, query = decode_predictions(
                     logits[b], codes[b], self.max_num, self.post_center_range, self.score_threshold)
                 parts.append((boxes, scores, labels + first, query))
@@ -242,6 +248,6 @@ class CmtHead(AqrMixin, PositionMixin, BaseModule):
         return results
 
 
-def _layer(task, i):
-    """Logits and box codes of decoder layer i."""
-    return task["cls_logits"][i], torch.cat([task[name][i] for name in BRANCHES], -1)
+def _predictions(task, layer=slice(None)):
+    """Logits and box codes of one decoder layer, or of all."""
+    return task["cls_logits"][layer], torch.cat([task[name][layer] for name in BRANCHES], -1)

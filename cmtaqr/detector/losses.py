@@ -6,7 +6,7 @@
 __all__ = ['encode_boxes', 'decode_boxes', 'sigmoid_focal_loss', 'LossSettings', 'focal_cost', 'box_cost', 'match', 'weighted_l1',
            'set_loss', 'denoising_loss']
 
-# %% ../../nbs/34_losses.ipynb #e0ed206c
+# %% ../../nbs/34_losses.ipynb #5878bc56
 import math
 from dataclasses import dataclass
 
@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch.nn.utils.rnn import pad_sequence
+
+from .sparse import device_constant
 
 # %% ../../nbs/34_losses.ipynb #f38a090a
 def encode_boxes(boxes):
@@ -47,23 +50,23 @@ def decode_boxes(codes):
     xy, log_xy, z, log_z, sin, cos, velocity = codes.split([2, 2, 1, 1, 1, 1, codes.shape[-1] - 8], dim=-1)
     return torch.cat([xy, z, log_xy.exp(), log_z.exp(), torch.atan2(sin, cos), velocity], dim=-1)
 
-# %% ../../nbs/34_losses.ipynb #aa026e01
+# %% ../../nbs/34_losses.ipynb #eaf6bc2f
 def sigmoid_focal_loss(logits, labels, alpha=0.25, gamma=2.0):
     """Sigmoid focal loss, summed, in fp32 (Lin et al., ICCV 2017).
 
     Args:
-        logits: [N, num_classes].
-        labels: [N] long in [0, num_classes]; num_classes stands for background.
+        logits: [..., N, num_classes].
+        labels: [..., N] long in [0, num_classes], the same for all if [N]; num_classes stands for background.
 
     Returns:
-        Scalar sum over all rows and classes.
+        [...] sums over all rows and classes.
     """
     logits = logits.float()
-    target = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+    target = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype).expand_as(logits)
     p = logits.sigmoid()
     missing = (1 - p) * target + p * (1 - target)
     weight = (alpha * target + (1 - alpha) * (1 - target)) * missing.pow(gamma)
-    return (weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).sum()
+    return (weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).sum((-2, -1))
 
 # %% ../../nbs/34_losses.ipynb #b8cfca4d
 @dataclass(frozen=True)
@@ -92,63 +95,65 @@ class LossSettings:
     dn_weight: float = 1.0
     dn_split: float = 0.75
 
-# %% ../../nbs/34_losses.ipynb #eefd1ff3
+# %% ../../nbs/34_losses.ipynb #6a06df47
 def focal_cost(logits, labels, alpha=0.25, gamma=2.0, eps=1e-12):
     """Classification cost of every prediction for every object.
 
     Args:
-        logits: [Q, num_classes].
-        labels: [G] long.
+        logits: [..., Q, num_classes].
+        labels: [..., G] long, with the same or fewer leading dimensions.
 
     Returns:
-        [Q, G] cost, negative for a confident right class.
+        [..., Q, G] cost, negative for a confident right class.
     """
     p = logits.float().sigmoid()
     positive = -alpha * (1 - p).pow(gamma) * (p + eps).log()
     negative = -(1 - alpha) * p.pow(gamma) * (1 - p + eps).log()
-    return (positive - negative)[:, labels]
+    return (positive - negative).gather(-1, labels[..., None, :].expand(*p.shape[:-1], -1))
 
-# %% ../../nbs/34_losses.ipynb #35709728
+# %% ../../nbs/34_losses.ipynb #a6f69b0c
 def box_cost(codes, gt_codes, code_weights, match_codes=8):
     """Weighted L1 distance of box codes.
 
     Args:
-        codes: [Q, C] predictions.
-        gt_codes: [G, C] objects.
+        codes: [..., Q, C] predictions.
+        gt_codes: [..., G, C] objects, with the same or fewer leading dimensions.
         code_weights: C weights.
         match_codes: Only this many leading codes count.
 
     Returns:
-        [Q, G] cost.
+        [..., Q, G] cost.
     """
-    weights = codes.new_tensor(code_weights[:match_codes], dtype=torch.float32)
-    return torch.cdist(codes[:, :match_codes].float() * weights, gt_codes[:, :match_codes].float() * weights, p=1)
+    weights = device_constant(tuple(code_weights[:match_codes]), codes.device)
+    return torch.cdist(codes[..., :match_codes].float() * weights, gt_codes[..., :match_codes].float() * weights, p=1)
 
-# %% ../../nbs/34_losses.ipynb #e50f3b38
+# %% ../../nbs/34_losses.ipynb #dfc95c27
 @torch.no_grad()
 def match(logits, codes, labels, gt_codes, settings=LossSettings()):
-    """Pair every object with one prediction at the least total cost.
+    """Pair every object with one prediction at the least total cost, in every sample and layer for itself.
 
     Args:
-        logits: [Q, num_classes].
-        codes: [Q, C] predicted box codes.
-        labels: [G] long.
-        gt_codes: [G, C] codes of the objects.
+        logits: [..., B, Q, num_classes].
+        codes: [..., B, Q, C] predicted box codes.
+        labels: B tensors [G_b] long.
+        gt_codes: B tensors [G_b, C], codes of the objects.
 
     Returns:
-        [Q] long: index of the object a query answers for, -1 for background. With more objects than queries, every query has one.
+        [..., B, Q] long: index of the object a query answers for, -1 for background. With more objects than queries, every query
+        has one.
     """
-    assigned = torch.full((len(logits),), -1, dtype=torch.long, device=logits.device)
-    if len(labels) == 0:
-        return assigned
-    cost = settings.cls_weight * focal_cost(logits, labels, settings.alpha, settings.gamma)
-    cost = cost + settings.bbox_weight * box_cost(codes, gt_codes, settings.code_weights, settings.match_codes)
-    cost = np.nan_to_num(cost.cpu().numpy(), nan=1e8, posinf=1e8, neginf=-1e8)
-    rows, columns = linear_sum_assignment(cost)
-    assigned[torch.as_tensor(rows, device=assigned.device)] = torch.as_tensor(columns, device=assigned.device)
-    return assigned
+    counts, assigned = [len(x) for x in labels], np.full(logits.shape[:-1], -1)
+    if any(counts):
+        cost = settings.cls_weight * focal_cost(logits, pad_sequence(labels, True), settings.alpha, settings.gamma)
+        gt = pad_sequence(gt_codes, True)
+        cost = cost + settings.bbox_weight * box_cost(codes, gt, settings.code_weights, settings.match_codes)
+        cost = np.nan_to_num(cost.cpu().numpy(), nan=1e8, posinf=1e8, neginf=-1e8)
+        for place in np.ndindex(assigned.shape[:-1]):
+            rows, columns = linear_sum_assignment(cost[place][:, :counts[place[-1]]])
+            assigned[place][rows] = columns
+    return torch.from_numpy(assigned).to(logits.device)
 
-# %% ../../nbs/34_losses.ipynb #4b99269b
+# %% ../../nbs/34_losses.ipynb #b572045b
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -156,61 +161,58 @@ def weighted_l1(codes, targets, code_weights):
     """Sum of code-weighted absolute differences over rows whose target is finite, in fp32.
 
     Args:
-        codes: [N, C] predictions.
-        targets: [N, C].
+        codes: [..., N, C] predictions.
+        targets: [..., N, C], the same for all if [N, C].
 
     Returns:
-        Scalar; zero that still carries a gradient when no row is left.
+        [...] sums; zero that still carries a gradient when no row is left.
     """
-    keep = targets.isfinite().all(-1)
-    difference = (codes.float() - targets.float())[keep].abs()
-    return (difference * codes.new_tensor(code_weights, dtype=torch.float32)).sum()
+    keep = targets.isfinite().all(-1, keepdim=True)
+    difference = torch.where(keep, codes.float() - targets.float(), 0.0)
+    return (difference.abs() * device_constant(tuple(code_weights), codes.device)).sum((-2, -1))
 
 
 def set_loss(logits, codes, labels, gt_codes, settings=LossSettings()):
-    """Matched losses of one decoder layer.
+    """Matched losses of decoder layers.
 
     Args:
-        logits: [B, Q, num_classes].
-        codes: [B, Q, C].
+        logits: [..., B, Q, num_classes], for instance with all layers first.
+        codes: [..., B, Q, C].
         labels: B tensors [G_b] long.
         gt_codes: B tensors [G_b, C].
 
     Returns:
-        Classification loss, box loss, and assigned [B, Q] (index of the object, -1 for background).
+        Classification losses [...], box losses [...], and assigned [..., B, Q] (index of the object, -1 for background).
     """
-    num_classes, target_labels, targets, matched, assigned = logits.shape[-1], [], [], [], []
-    for b in range(len(logits)):
-        index = match(logits[b], codes[b], labels[b], gt_codes[b], settings)
-        row, positive = torch.full_like(index, num_classes), index >= 0
-        row[positive] = labels[b][index[positive]]
-        target_labels.append(row)
-        targets.append(gt_codes[b][index[positive]])
-        matched.append(codes[b][positive])
-        assigned.append(index)
-    assigned = torch.stack(assigned)
-    positives = int((assigned >= 0).sum())
-    divisor = max(1.0, positives + settings.background_weight * (assigned.numel() - positives)) + _EPS
-    focal = sigmoid_focal_loss(logits.flatten(0, 1), torch.cat(target_labels), settings.alpha, settings.gamma)
-    l1 = weighted_l1(torch.cat(matched), torch.cat(targets), settings.code_weights)
+    assigned, (queries, num_classes) = match(logits, codes, labels, gt_codes, settings), logits.shape[-2:]
+    # one more row for background: its label, and a code that `weighted_l1` leaves out
+    known = F.pad(pad_sequence(labels, True), (0, 1), value=num_classes)
+    targets = F.pad(pad_sequence(gt_codes, True), (0, 0, 0, 1), value=torch.nan)
+    index = assigned % known.shape[1]
+    row = known.expand(*index.shape[:-1], -1).gather(-1, index)
+    target = targets.expand(*index.shape[:-1], -1, -1).gather(-2, index[..., None].expand(*index.shape, targets.shape[-1]))
+    positives, total = sum(min(queries, len(x)) for x in labels), len(labels) * queries
+    divisor = max(1.0, positives + settings.background_weight * (total - positives)) + _EPS
+    focal = sigmoid_focal_loss(logits.flatten(-3, -2), row.flatten(-2), settings.alpha, settings.gamma)
+    l1 = weighted_l1(codes.flatten(-3, -2), target.flatten(-3, -2), settings.code_weights)
     return settings.cls_weight * focal / divisor, settings.bbox_weight * l1 / (positives + _EPS), assigned
 
-# %% ../../nbs/34_losses.ipynb #7205f34b
+# %% ../../nbs/34_losses.ipynb #2aeee7d0
 def denoising_loss(logits, codes, labels, gt_codes, settings=LossSettings(), num_boxes=None):
-    """Losses of one decoder layer's denoising queries.
+    """Losses of the denoising queries of decoder layers.
 
     Args:
-        logits: [N, num_classes] of the N used denoising slots.
-        codes: [N, C].
+        logits: [..., N, num_classes] of the N used denoising slots.
+        codes: [..., N, C].
         labels: [N] long, background where the noise was too large.
         gt_codes: [N, C].
-        num_boxes: Divisor of the box loss (the mean of N over all ranks); N when None.
+        num_boxes: Divisor of the box loss, a scalar tensor (the mean of N over all ranks); N when None.
 
     Returns:
-        Classification loss and box loss.
+        Classification losses and box losses [...].
     """
     divisor = max(1.0, len(labels) * 3.14159 / 6 * settings.dn_split**3) + _EPS
     focal = sigmoid_focal_loss(logits, labels, settings.alpha, settings.gamma)
     l1 = weighted_l1(codes, gt_codes, settings.code_weights)
-    boxes = max(1.0, float(len(labels) if num_boxes is None else num_boxes)) + _EPS
+    boxes = torch.as_tensor(float(len(labels)) if num_boxes is None else num_boxes).clamp(min=1.0) + _EPS
     return settings.dn_weight * settings.cls_weight * focal / divisor, settings.dn_weight * settings.bbox_weight * l1 / boxes
