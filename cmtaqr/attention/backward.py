@@ -11,11 +11,11 @@ import triton.language as tl
 
 from .forward import split_share, window_profile
 
-# %% ../../nbs/13a_backward.ipynb #eb6b233c
+# %% ../../nbs/13a_backward.ipynb #9ee14b5c
 @triton.jit
-def _prepare(q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, q_batch, q_head, q_row,
-             o_batch, o_head, o_row, g_batch, g_head, g_row, batch, heads, queries, padded, lidar_maps, scale,
-             KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _prepare(q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value,
+             q_batch, q_head, q_row, o_batch, o_head, o_row, g_batch, g_head, g_row, batch, heads, queries, padded, lidar_maps,
+             scale, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     plane, group = tl.program_id(1), tl.program_id(2)
     sample, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     place, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIM)
@@ -38,16 +38,18 @@ def _prepare(q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_ls
             own = tl.load(value + (sample * queries + query) * 2 + sensor, ok, 0.0) / scale
             tl.store(sorted_value + (group * batch + sample) * padded + place, own)
 
-# %% ../../nbs/13a_backward.ipynb #658a5e67
+# %% ../../nbs/13a_backward.ipynb #600b340a
 @triton.jit
-def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, k, v, order, centres, ranges, ignored, dq, dvalue,
-                     k_batch, k_head, k_row, v_batch, v_head, v_row, d_split, d_batch, d_head, d_row,
+def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, k, v, order, centres, ranges, ignored,
+                     dq, dvalue, k_batch, k_head, k_row, v_batch, v_head, v_row, d_split, d_batch, d_head, d_row,
                      batch, heads, queries, keys, padded, blocks, scale, maps, lidar_maps, lidar_splits, views, views_per_split,
                      lidar_keys, lidar_cols, lidar_size, lidar_decay, camera_keys, camera_cols, camera_size, camera_decay,
-                     KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+                     KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                     PRECISION: tl.constexpr):
     block, split, plane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sample, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    first, last, begin, stop = split_share(split, lidar_maps, lidar_splits, tl.cdiv(lidar_keys, TILE), views, views_per_split, tl.cdiv(camera_keys, TILE))
+    first, last, begin, stop = split_share(split, lidar_maps, lidar_splits, tl.cdiv(lidar_keys, TILE), views, views_per_split,
+                                           tl.cdiv(camera_keys, TILE))
     lidar = split < lidar_splits
     map_keys, cols = tl.where(lidar, lidar_keys, camera_keys), tl.where(lidar, lidar_cols, camera_cols)
     size, decay = tl.where(lidar, lidar_size, camera_size), tl.where(lidar, lidar_decay, camera_decay)
@@ -88,7 +90,8 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
             if KIND == 3:
                 s += own[:, None]
             if MASKED:
-                s = tl.where(tl.load(ignored + sample * keys + base + tile * TILE + columns, there, 1)[None, :] != 0, float('-inf'), s)
+                s = tl.where(tl.load(ignored + sample * keys + base + tile * TILE + columns, there, 1)[None, :] != 0,
+                             float('-inf'), s)
             if ((tile >= low) & (tile < high)) | ((tile + 1) * TILE > map_keys):
                 # beyond the map's end scores are 0, and the probability of 0 overflows where all true scores are far below
                 s = tl.where((columns < map_keys - tile * TILE)[None, :], s, float('-inf'))
@@ -112,19 +115,21 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
         tl.store(target, own_sum, ok)
         tl.store(target + 1, mass, ok)
 
-# %% ../../nbs/13a_backward.ipynb #b1458892
+# %% ../../nbs/13a_backward.ipynb #24856fc9
 @triton.jit
 def _key_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, k, v, centres, ranges, ignored, dk, dv,
                    k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
                    batch, heads, keys, padded, blocks, scale, maps, lidar_maps,
                    lidar_keys, lidar_cols, lidar_size, lidar_decay, camera_keys, camera_cols, camera_size, camera_decay,
-                   KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+                   KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                   PRECISION: tl.constexpr):
     plane = tl.program_id(1)
     sample, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     lidar_tiles, camera_tiles = lidar_maps * tl.cdiv(lidar_keys, TILE), tl.cdiv(camera_keys, TILE)
     lidar = tl.program_id(0) < lidar_tiles
     view = (tl.program_id(0) - lidar_tiles) // camera_tiles
-    m, tile = tl.where(lidar, 0, lidar_maps + view), tl.where(lidar, tl.program_id(0), tl.program_id(0) - lidar_tiles - view * camera_tiles)
+    m = tl.where(lidar, 0, lidar_maps + view)
+    tile = tl.where(lidar, tl.program_id(0), tl.program_id(0) - lidar_tiles - view * camera_tiles)
     base = tl.where(lidar, 0, lidar_maps * lidar_keys + view * camera_keys)
     map_keys, cols = tl.where(lidar, lidar_keys, camera_keys), tl.where(lidar, lidar_cols, camera_cols)
     size, decay = tl.where(lidar, lidar_size, camera_size), tl.where(lidar, lidar_decay, camera_decay)
@@ -153,7 +158,8 @@ def _key_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
         if KIND == 1 or KIND == 2:
             if block % 32 == 0:
                 ahead = block + tl.arange(0, 32)
-                low, high = tl.load(ranges + ahead * maps * 2, ahead < blocks, 0), tl.load(ranges + ahead * maps * 2 + 1, ahead < blocks, 0)
+                low = tl.load(ranges + ahead * maps * 2, ahead < blocks, 0)
+                high = tl.load(ranges + ahead * maps * 2 + 1, ahead < blocks, 0)
                 touched = tl.sum(((tile >= low) & (tile < high)).to(tl.int32) << tl.arange(0, 32), 0)
         x, g = tl.load(x_block), tl.load(g_block)
         level = tl.load(sorted_lse + source + block * BLOCK + places)
@@ -178,7 +184,7 @@ def _key_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
     tl.store(dk + target, (dk_sums * scale).to(dk.dtype.element_ty), there[:, None])
     tl.store(dv + target, dv_sums.to(dv.dtype.element_ty), there[:, None])
 
-# %% ../../nbs/13a_backward.ipynb #d19f2dad
+# %% ../../nbs/13a_backward.ipynb #563bb443
 @triton.jit
 def _collect(parts, sums, dq, dvalue, d_batch, d_head, d_row, heads, queries, planes, splits, lidar_splits,
              KIND: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
@@ -202,7 +208,7 @@ def _collect(parts, sums, dq, dvalue, d_batch, d_head, d_row, heads, queries, pl
                     lidar_mass += tl.where(split < lidar_splits, own, 0.0)
                     camera_mass += tl.where(split < lidar_splits, 0.0, own)
         if VALUE and KIND == 3:
-            # p·(dp - mean of dp), summed over one sensor, is a difference of nearly equal numbers: the mean comes from the same sums
+            # p·(dp - mean of dp), summed over one sensor, is a small difference of large numbers: the mean is from the same sums
             mass = lidar_mass + camera_mass
             mean = (lidar_sum + camera_sum) / tl.where(mass > 0, mass, 1.0)
             lidar_sum -= lidar_mass * mean

@@ -121,7 +121,7 @@ def ratios(measured: dict, multiprocessors: int | None = None) -> dict:
                     figures[phase]['of_floor'] = round(floor / row[phase].get('queued', row[phase])['median'], 4)
     return result
 
-# %% ../../nbs/18b_benchmark.ipynb #f436012c
+# %% ../../nbs/18b_benchmark.ipynb #8e0475fc
 def _where(device):
     name, dtype = (torch.cuda.get_device_name(), 'bfloat16') if device == 'cuda' else ('cpu', 'float32')
     facts = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda, heads=HEADS, dim=DIM, dtype=dtype)
@@ -209,7 +209,8 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:
-                raise RuntimeError(f'{name} broke the CUDA context ({error}): run the command again to go on behind it') from error
+                raise RuntimeError(f'{name} broke the CUDA context ({error}): run the command again to go on behind it'
+                                   ) from error
             torch.cuda.empty_cache()
     _show(len(todo), len(todo), f'{len(chosen) - len(todo)} rows were there already', begun)
     result['ratios'] = ratios(measured, where.get('multiprocessors'))
@@ -222,11 +223,12 @@ def _show(done, total, text, begun):
     terminal = sys.stderr.isatty()
     print(f'\r\x1b[K{line}' if terminal else line, end='\n' if done == total or not terminal else '', file=sys.stderr, flush=True)
 
-# %% ../../nbs/18b_benchmark.ipynb #b9e0753b
+# %% ../../nbs/18b_benchmark.ipynb #47ca9324
 def main(arguments=None) -> int:
     """Command line `python -m cmtaqr.attention.benchmark --out FILE.json`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='python -m cmtaqr.attention.benchmark',
-                                     description='Time attention with a local bias beside its alternatives. Goes on where it stopped.')
+    parser = argparse.ArgumentParser(
+        prog='python -m cmtaqr.attention.benchmark',
+        description='Time attention with a local bias beside its alternatives. Goes on where it stopped.')
     parser.add_argument('--out', required=True, metavar='FILE.json',
                         help='written after every row; rows that it holds are not measured again')
     parser.add_argument('--quick', action='store_true', help='the three shapes only')

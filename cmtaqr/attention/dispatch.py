@@ -19,7 +19,7 @@ from .window import _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
 
-# %% ../../nbs/16_dispatch.ipynb #7526fd84
+# %% ../../nbs/16_dispatch.ipynb #58408e09
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     mask, dead = None, None
     if attn_mask is not None:
@@ -45,9 +45,11 @@ def _check_places(q, k, v, bias, key_mask, layout):
     parts = () if bias is None else (bias.value, bias.windows.cells, bias.windows.seen)
     others = [t for t in (k, v, key_mask, *parts) if t is not None]
     if any(t.device != q.device for t in others):
-        raise ValueError(f'q is on {q.device}, but k, v, the mask or the bias on {[str(t.device) for t in others]}: move them together')
+        raise ValueError(f'q is on {q.device}, but k, v, the mask or the bias on {[str(t.device) for t in others]}: '
+                         'move them together')
     if bias is not None and (parts[1].dtype not in (torch.int32, torch.int64) or parts[2].dtype != torch.bool):
-        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {parts[1].dtype} and {parts[2].dtype}')
+        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {parts[1].dtype} '
+                         f'and {parts[2].dtype}')
 
 
 def _triton_obstacle(q, k, v, attn_mask, dropout_p):
@@ -67,8 +69,8 @@ def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
     if bias is None:
         return _attend(q, k, v, q.shape[3] ** -0.5, 'flash_attn', dropout_p)
     if not bias.is_global:
-        raise RuntimeError("backend='flash_attn': the flash-attn package adds no bias of its own, and only a global one fits into "
-                           'extra channels; a local bias is not of low rank')
+        raise RuntimeError("backend='flash_attn': the flash-attn package adds no bias of its own, and only a global one fits "
+                           'into extra channels; a local bias is not of low rank')
     return flash_bias(q, k, v, *global_bias_factors(bias), backend='flash_attn', split=True, dropout_p=dropout_p)
 
 
@@ -85,11 +87,11 @@ def _does_nothing(bias):
 
 
 def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
-    """The bias with the plan of its windows, so that several layers need not make it again; as it is where no kernel would use it.
+    """The bias with the plan of its windows, so that several layers need not make it again.
 
     Args:
-        bias: for `biased_attention`.
-        queries: a tensor of the dtype and on the device of the queries.
+        bias: for `biased_attention`; returned as it is where the plan has no use: None, global, on a CPU, or without Triton.
+        queries: a tensor on the device of the queries.
     """
     if bias is None or bias.is_global or not queries.is_cuda or not _TRITON:
         return bias

@@ -47,16 +47,18 @@ def split_share(split, lidar_maps, lidar_splits, lidar_tiles, views, views_per_s
     stop = tl.where(lidar, tl.minimum(split * per_split + per_split, lidar_tiles), camera_tiles)
     return first, last, begin, stop
 
-# %% ../../nbs/13_forward.ipynb #34689c00
+# %% ../../nbs/13_forward.ipynb #56cfdfe2
 @triton.jit
 def _forward(q, k, v, order, centres, ranges, value, ignored, out, lse,
              q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_split, o_batch, o_head, o_row,
              batch, heads, queries, keys, padded, blocks, scale, maps, lidar_maps, lidar_splits, views, views_per_split,
              lidar_keys, lidar_cols, lidar_size, lidar_decay, camera_keys, camera_cols, camera_size, camera_decay,
-             KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+             KIND: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+             PRECISION: tl.constexpr):
     block, split, plane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sample, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    first, last, begin, stop = split_share(split, lidar_maps, lidar_splits, tl.cdiv(lidar_keys, TILE), views, views_per_split, tl.cdiv(camera_keys, TILE))
+    first, last, begin, stop = split_share(split, lidar_maps, lidar_splits, tl.cdiv(lidar_keys, TILE), views, views_per_split,
+                                           tl.cdiv(camera_keys, TILE))
     lidar = split < lidar_splits
     map_keys, cols = tl.where(lidar, lidar_keys, camera_keys), tl.where(lidar, lidar_cols, camera_cols)
     size, decay = tl.where(lidar, lidar_size, camera_size), tl.where(lidar, lidar_decay, camera_decay)
@@ -94,11 +96,13 @@ def _forward(q, k, v, order, centres, ranges, value, ignored, out, lse,
                 s += own[:, None]
             if ((tile >= low) & (tile < high)) | ((tile + 1) * TILE > map_keys):
                 if KIND == 1 or KIND == 2:
-                    s += own[:, None] * window_profile(tile * TILE + columns, map_keys, cols, row, col, size, decay, KIND == 2, False)
+                    profile = window_profile(tile * TILE + columns, map_keys, cols, row, col, size, decay, KIND == 2, False)
+                    s += own[:, None] * profile
                 # not `there`: shared with the loads, it would be computed for every tile
                 s = tl.where((columns < map_keys - tile * TILE)[None, :], s, float('-inf'))
             if MASKED:
-                s = tl.where(tl.load(ignored + sample * keys + base + tile * TILE + columns, there, 1)[None, :] != 0, float('-inf'), s)
+                s = tl.where(tl.load(ignored + sample * keys + base + tile * TILE + columns, there, 1)[None, :] != 0,
+                             float('-inf'), s)
             new_top = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new_top == float('-inf'), 0.0, new_top) if MASKED else new_top
             p = tl.exp2(s * to_base2 - (shift * to_base2)[:, None])
@@ -112,10 +116,11 @@ def _forward(q, k, v, order, centres, ranges, value, ignored, out, lse,
     some = total > 0
     result = sums / tl.where(some, total, 1.0)[:, None]
     level = tl.where(some, top * to_base2 + tl.log2(tl.where(some, total, 1.0)), float('-inf'))
-    tl.store(out + split * o_split + sample * o_batch + head * o_head + rows * o_row + dims[None, :], result.to(out.dtype.element_ty), ok[:, None])
+    target = out + split * o_split + sample * o_batch + head * o_head + rows * o_row + dims[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), ok[:, None])
     tl.store(lse + (split * batch * heads + plane).to(tl.int64) * queries + query, level, ok)
 
-# %% ../../nbs/13_forward.ipynb #0d716ccd
+# %% ../../nbs/13_forward.ipynb #15df815a
 @triton.jit
 def _merge(parts, levels, out, exact, lse, o_batch, o_head, o_row, heads, queries, planes, splits, EXACT: tl.constexpr,
            DIM: tl.constexpr, BLOCK: tl.constexpr):
@@ -141,4 +146,5 @@ def _merge(parts, levels, out, exact, lse, o_batch, o_head, o_row, heads, querie
     if EXACT:
         tl.store(exact + place, result, ok[:, None])
     # infinity where there was no key: the backward pass then finds probabilities of 0
-    tl.store(lse + plane.to(tl.int64) * queries + query, tl.where(some, shift + tl.log2(tl.where(some, total, 1.0)), float('inf')), ok)
+    tl.store(lse + plane.to(tl.int64) * queries + query,
+             tl.where(some, shift + tl.log2(tl.where(some, total, 1.0)), float('inf')), ok)

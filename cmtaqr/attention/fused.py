@@ -22,13 +22,13 @@ from .window_forward import _like_heads
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
-# %% ../../nbs/15_fused.ipynb #85a3b5d8
+# %% ../../nbs/15_fused.ipynb #edae2d7f
 BLOCK, TILE = 64, 64    # queries and keys per step, of all kernels and of the plan
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels are launched: warps, pipeline stages and most registers (None: any) of each; programs per multiprocessor."""
+    """How kernels are launched: warps, pipeline stages and most registers (None: any) of each; programs per multiprocessor."""
     forward: tuple = (4, 3, 128)
     query: tuple = (4, 3, 168)
     key: tuple = (4, 3, 168)
@@ -48,7 +48,7 @@ def launch_for(dim: int, dtype: torch.dtype) -> Launch:
         return LAUNCH[dim, dtype]
     return Launch(forward=(4, 2, None), query=(4, 2, None), key=(4, 2, None)) if dim > 64 or dtype == torch.float32 else Launch()
 
-# %% ../../nbs/15_fused.ipynb #206d7fca
+# %% ../../nbs/15_fused.ipynb #7909d9c2
 def _splits(launch, batch, heads, queries, layout, device):
     """Runs of keys treated apart, so that few queries still fill the device: (LiDAR splits, views per split, splits).
 
@@ -67,7 +67,8 @@ def _splits(launch, batch, heads, queries, layout, device):
 def _maps(layout, decay):
     """The maps' numbers as the kernels take them: keys, cols, size, decay of LiDAR, then of the cameras."""
     _, lidar_rows, lidar_cols, lidar_size, _, camera_rows, camera_cols, camera_size = layout
-    return lidar_rows * lidar_cols, lidar_cols, lidar_size, decay[0], camera_rows * camera_cols, camera_cols, camera_size, decay[1]
+    return (lidar_rows * lidar_cols, lidar_cols, lidar_size, decay[0],
+            camera_rows * camera_cols, camera_cols, camera_size, decay[1])
 
 
 def _empty_outputs(q, exact):
@@ -82,7 +83,7 @@ def _options(q, ignored, kind):
     return dict(KIND=kind, MASKED=ignored.numel() > 0, DIM=q.shape[-1], BLOCK=BLOCK, TILE=TILE,
                 PRECISION='ieee' if q.dtype == torch.float32 else 'tf32')
 
-# %% ../../nbs/15_fused.ipynb #fb4aebb5
+# %% ../../nbs/15_fused.ipynb #bcff1ac1
 def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact):
     batch, heads, queries, dim = q.shape
     launch = launch_for(dim, q.dtype)
@@ -97,10 +98,10 @@ def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, k
     levels = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
     _forward[(blocks, splits, planes)](
         q, k, v, order, centres, ranges, value, ignored, parts, levels, *_strides(q, k, v), *parts.stride()[:4],
-        batch, heads, queries, k.shape[2], blocks * BLOCK, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits, layout[4],
-        views_per_split, *_maps(layout, decay), **_options(q, ignored, kind), **_compiler(launch.forward))
-    _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, wide, lse, *_strides(out), heads, queries, planes, splits, EXACT=exact,
-                                                     DIM=dim, BLOCK=16)
+        batch, heads, queries, k.shape[2], blocks * BLOCK, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits,
+        layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind), **_compiler(launch.forward))
+    _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, wide, lse, *_strides(out), heads, queries, planes, splits,
+                                               EXACT=exact, DIM=dim, BLOCK=16)
     return out, wide, lse
 
 
@@ -108,8 +109,8 @@ def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, k
 def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor, ignored: Tensor,
                  layout: list[int], decay: list[float], kind: int, scale: float,
                  exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, Q, D], the same in fp32 (with `exact`; without it there is no backward pass), and log-sum-exp [B, H, Q] (base 2,
-    fp32) of attention; see `fused_attention`."""
+    """Output [B, H, Q, D], the same in fp32 (with `exact`; without it there is no backward pass), and log-sum-exp [B, H, Q]
+    (base 2, fp32) of attention; see `fused_attention`."""
     return _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact)
 
 
@@ -117,7 +118,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
 def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact=True):
     return _empty_outputs(q, exact)
 
-# %% ../../nbs/15_fused.ipynb #ead3333b
+# %% ../../nbs/15_fused.ipynb #644e4b0d
 def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants):
     batch, heads, queries, dim = q.shape
     keys, launch, windowed = k.shape[2], launch_for(dim, q.dtype), kind in (1, 2)
@@ -131,8 +132,8 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
     sorted_lse, sorted_delta = (lse.new_empty(groups, batch, heads, padded) for _ in 'ld')
     sorted_value = lse.new_empty(groups, batch, padded)
     _prepare[(blocks, planes, groups)](
-        q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value, *_strides(q, exact, grad), batch, heads,
-        queries, padded, layout[0], scale, KIND=kind, DIM=dim, BLOCK=BLOCK)
+        q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value,
+        *_strides(q, exact, grad), batch, heads, queries, padded, layout[0], scale, KIND=kind, DIM=dim, BLOCK=BLOCK)
     ordered = sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
     maps, options = _maps(layout, decay), _options(q, ignored, kind)
     if dq.numel():
@@ -140,11 +141,12 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
         parts = lse.new_empty(splits, batch, heads, queries, dim)
         sums = lse.new_empty(splits, batch, heads, queries, 2)
         _query_gradients[(blocks, splits, planes)](
-            *ordered, k, v, order, centres, ranges, ignored, parts, sums, *_strides(k, v), *parts.stride()[:4], batch, heads, queries, keys, padded,
-            blocks, scale, layout[0] + layout[4], layout[0], lidar_splits, layout[4], views_per_split, *maps, **options,
-            **_compiler(launch.query))
-        _collect[(triton.cdiv(queries, 4), batch)](parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits, lidar_splits,
-                                                   KIND=kind, VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
+            *ordered, k, v, order, centres, ranges, ignored, parts, sums, *_strides(k, v), *parts.stride()[:4], batch, heads,
+            queries, keys, padded, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits, layout[4], views_per_split,
+            *maps, **options, **_compiler(launch.query))
+        _collect[(triton.cdiv(queries, 4), batch)](
+            parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits, lidar_splits, KIND=kind,
+            VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
         del parts, sums    # before the large gradients are allocated
     dk, dv = _empty_key_gradients(k, v, wants)
     if dk.numel():
@@ -156,11 +158,12 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
 
 
 @torch.library.custom_op('cmtaqr::attention_backward', mutates_args=())
-def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor, ranges: Tensor,
-                          ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float], kind: int, scale: float,
-                          wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor,
+                          ranges: Tensor, ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float],
+                          kind: int, scale: float, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and value; empty tensors in place of the pairs (q, value) or (k, v) where `wants` asks for neither."""
-    return _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants)
+    return _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale,
+                               wants)
 
 
 def _empty_query_gradients(q, value, wants):
@@ -185,7 +188,8 @@ def _(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout,
 def _setup(ctx, inputs, output):
     *tensors, layout, decay, kind, scale, exact = inputs
     if not exact and any(ctx.needs_input_grad):
-        raise RuntimeError('attention_op(..., exact=False) keeps nothing for a backward pass: detach the inputs or leave exact=True')
+        raise RuntimeError('attention_op(..., exact=False) keeps nothing for a backward pass: '
+                           'detach the inputs or leave exact=True')
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.settings = layout, decay, kind, scale
     ctx.mark_non_differentiable(*output[1:])
@@ -218,7 +222,7 @@ class _Eager(torch.autograd.Function):
         grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings, wants)
         return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
-# %% ../../nbs/15_fused.ipynb #b87554c8
+# %% ../../nbs/15_fused.ipynb #ce563659
 @torch.library.custom_op('cmtaqr::plan_windows', mutates_args=())
 def plan_op(cells: Tensor, seen: Tensor, layout: list[int], block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """`plan_windows` as an operator."""
@@ -230,9 +234,10 @@ def _(cells, seen, layout, block, tile):
     batch, queries, maps = seen.shape
     blocks = (queries + block - 1) // block
     return (seen.new_empty((layout[0] > 0) + (layout[4] > 0), batch, blocks * block, dtype=torch.int32),
-            seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32), seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
+            seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32),
+            seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #67badce4
+# %% ../../nbs/15_fused.ipynb #1bb21810
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
     plan = plan_op if observed(bias.windows.cells) else plan_windows
@@ -250,12 +255,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
         bias: added to the scores of all heads; None for none.
         key_mask: [B, K] bool, True where a key is ignored.
         scale: factor of q·k, positive; 1/sqrt(D) by default.
-        layout: the maps that the keys come from. Without a bias it changes no more than the order of summation: with it, attention without
-            a bias equals attention with a bias of 0 in every bit.
+        layout: the maps that the keys come from. Without a bias it changes no more than the order of summation: with it,
+            attention without a bias equals attention with a bias of 0 in every bit.
 
     Returns:
-        [B, H, Q, D]; zero for a query that may attend to nothing. A NaN among a query's bias values makes its own output NaN, if it has a
-        window of that sensor, and no other query's.
+        [B, H, Q, D]; zero for a query that may attend to nothing. A NaN among a query's bias values makes its own output NaN,
+        if it has a window of that sensor, and no other query's.
 
     Raises:
         ValueError: the scale is not positive.
@@ -267,7 +272,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
     nothing, decay, kind = q.new_empty(0, dtype=torch.float32), [0.0, 0.0], 0
     value, order, centres, ranges = nothing, nothing, nothing, nothing
     if bias is not None:
-        value, kind, numbers = bias.value.float().contiguous(), 3 if bias.is_global else 1 if bias.sigma is None else 2, layout_numbers(bias.windows)
+        value, numbers = bias.value.float().contiguous(), layout_numbers(bias.windows)
+        kind = 3 if bias.is_global else 1 if bias.sigma is None else 2
         if kind != 3:
             order, centres, ranges = bias.plan or plan_bias(bias)
         if kind == 2:

@@ -56,10 +56,10 @@ def _rank(keys, order, queries, padded, BLOCK: tl.constexpr, CHUNK: tl.constexpr
     # a query that does not exist stands where it is, and holds the number of queries: the mark of an empty place
     tl.store(order + plane * padded + tl.where(query < queries, before, query), tl.minimum(query, queries), query < padded)
 
-# %% ../../nbs/12_plan.ipynb #d7561634
+# %% ../../nbs/12_plan.ipynb #0eaba04a
 @triton.jit
-def _place(cells, seen, order, centres, ranges, batch, queries, padded, maps, lidar_maps, lidar_rows, lidar_cols, lidar_size, camera_rows,
-           camera_cols, camera_size, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _place(cells, seen, order, centres, ranges, batch, queries, padded, maps, lidar_maps, lidar_rows, lidar_cols, lidar_size,
+           camera_rows, camera_cols, camera_size, BLOCK: tl.constexpr, TILE: tl.constexpr):
     block, m, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lidar = m < lidar_maps
     rows, cols = tl.where(lidar, lidar_rows, camera_rows), tl.where(lidar, lidar_cols, camera_cols)
@@ -82,7 +82,7 @@ def _place(cells, seen, order, centres, ranges, batch, queries, padded, maps, li
     tl.store(ranges + ((sample * tl.num_programs(0) + block) * maps + m) * 2, tl.minimum(low, high))
     tl.store(ranges + ((sample * tl.num_programs(0) + block) * maps + m) * 2 + 1, high)
 
-# %% ../../nbs/12_plan.ipynb #72f0bb18
+# %% ../../nbs/12_plan.ipynb #a2dfd5c0
 def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Orders of the queries, and what their windows touch.
 
@@ -94,10 +94,10 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
         tile: keys per tile.
 
     Returns:
-        order [G, B, P] int32: G = 2 orders (by BEV cell, by image cell), or 1 where only one sensor is there; P is Q rounded up to whole
-        blocks, and an empty place holds Q. centres [B, M, P, 2] fp32: middle of each window on its map (row, col), in the order of the map's
-        sensor, 1e9 where there is none. ranges [B, P / block, M, 2] int32: first tile of the map that a window of the block touches, and the
-        one after the last.
+        order [G, B, P] int32: G = 2 orders (by BEV cell, by image cell), or 1 where only one sensor is there; P is Q rounded up
+        to whole blocks, and an empty place holds Q. centres [B, M, P, 2] fp32: middle of each window on its map (row, col), in
+        the order of the map's sensor, 1e9 where there is none. ranges [B, P / block, M, 2] int32: first tile of the map that a
+        window of the block touches, and the one after the last.
     """
     batch, queries, maps = seen.shape
     lidar_maps, lidar_rows, lidar_cols, lidar_size, views, camera_rows, camera_cols, camera_size = layout
@@ -107,9 +107,10 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
     centres = torch.empty(batch, maps, blocks * block, 2, device=seen.device)
     ranges = torch.empty(batch, blocks, maps, 2, dtype=torch.int32, device=seen.device)
     if seen.numel():
-        _sort_keys[(triton.cdiv(queries, 128), batch, groups)](cells, seen, keys, queries, maps, lidar_maps, lidar_cols, camera_rows * camera_cols,
-                                                               camera_cols, BLOCK=128)
+        _sort_keys[(triton.cdiv(queries, 128), batch, groups)](
+            cells, seen, keys, queries, maps, lidar_maps, lidar_cols, camera_rows * camera_cols, camera_cols, BLOCK=128)
         _rank[(triton.cdiv(blocks * block, 32), groups * batch)](keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
-        _place[(blocks, maps, batch)](cells, seen, order, centres, ranges, batch, queries, blocks * block, maps, lidar_maps, lidar_rows, lidar_cols,
-                                      lidar_size, camera_rows, camera_cols, camera_size, BLOCK=block, TILE=tile)
+        _place[(blocks, maps, batch)](
+            cells, seen, order, centres, ranges, batch, queries, blocks * block, maps, lidar_maps, lidar_rows, lidar_cols,
+            lidar_size, camera_rows, camera_cols, camera_size, BLOCK=block, TILE=tile)
     return order, centres, ranges

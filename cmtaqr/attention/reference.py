@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..bias import LocalBias
 from ..geometry import Windows
 
-# %% ../../nbs/10_reference.ipynb #53f07535
+# %% ../../nbs/10_reference.ipynb #619c5f58
 def _check_heads(q, k, v):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError('attention needs q [B, H, Q, D] and k, v [B, H, K, D], '
@@ -38,7 +38,7 @@ CHUNK_BYTES = 2**28
 
 
 def _in_chunks(function, queries, chunk_size, query_bytes, tensors, preserve_rng_state):
-    """Concatenate function(slice, *tensors) over slices of the queries; with several, recompute each in the backward pass if need be."""
+    """Concatenate function(slice, *tensors) over slices of the queries; several are recomputed in the backward pass, if any."""
     chunk_size = max(1, CHUNK_BYTES // max(query_bytes, 1)) if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ValueError(f'chunk_size={chunk_size}: must be at least 1')

@@ -79,7 +79,7 @@ def timing(run, device: str, repetitions: int) -> dict:
         result['queued'] = _spread(_event_times(run, flush, 2 + math.ceil(2 * launch / each), repetitions))
     return {**result, 'launch_us': round(1e3 * launch, 1), 'peak_mib': round(peak, 2), **first}
 
-# %% ../../nbs/18a_timing.ipynb #3998d623
+# %% ../../nbs/18a_timing.ipynb #8f1a7927
 EXPONENTIALS_PER_CLOCK = 16
 
 
@@ -92,7 +92,7 @@ def ask(*command) -> str | None:
 
 
 def clock_mhz(run, seconds: float) -> tuple:
-    """Clock of the multiprocessors in MHz (None if unknown), read while `run`, which takes `seconds`, is repeated; and its source."""
+    """Clock of the multiprocessors in MHz (None if unknown), read while `run` (of `seconds`) is repeated; and its source."""
     for _ in range(min(2000, math.ceil(0.5 / seconds))):
         run()
     gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'
