@@ -55,7 +55,7 @@ def training_batches(cfg, batch, count=2, turns=10, boxes=40):
         made.append(dict(inputs=inputs, data_samples=[f["data_samples"][0] for f in frames]))
     return made
 
-# %% ../../nbs/57a_trainer.ipynb #b780e14c
+# %% ../../nbs/57a_trainer.ipynb #062fa80c
 VARIANT = dict(model="aqr", frozen=True, precision="bf16", checkpointing=True, attention="windows", compile=[])
 
 
@@ -110,6 +110,8 @@ class Trainer:
                 module.with_cp = False
         compile_parts(self.model, variant["compile"])
         wrapper, precision = copy.deepcopy(cfg.optim_wrapper), variant["precision"]
+        if device.type == "cuda":
+            wrapper.optimizer.setdefault("fused", True)  # as in a run
         if precision != "fp32":
             scale = "dynamic" if precision == "fp16" else 1.0
             wrapper.update(type="MixedPrecisionWrapper", device=device.type, precision=precision, loss_scale=scale)
