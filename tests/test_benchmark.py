@@ -76,7 +76,8 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
     few = dict(only=["unfused_dense"], quick=True, device="cpu", repetitions=7)
     with pytest.raises(KeyboardInterrupt):
         benchmark(path, **few)
-    assert list(json.loads(path.read_text())["rows"]) == [name] and asked == [7] * 4, "three phases of one row, then the interruption"
+    assert list(json.loads(path.read_text())["rows"]) == [name]
+    assert asked == [7] * 4, "three phases of one row, then the interruption"
     done = benchmark(path, **few)
     assert len(done["rows"]) == 3 and len(done["runs"]) == 2 and len(asked) == 4 + 6, "the first row is not measured again"
     benchmark(path, **few)
@@ -89,18 +90,22 @@ def made_up(median, queued=None, peak=None, **more):
     """A row with invented figures."""
     phase = dict(median=median, p10=median, p90=median, **(dict(queued=dict(median=queued)) if queued else {}))
     point = dict(batch=2, queries=100, lidar=[10, 10], camera=None, window=3, keys=1000, views_per_query=1.0)
-    return dict(group="shapes", alternative="", point=point, forward=dict(phase, **({} if peak is None else dict(peak_mib=peak))), **more)
+    forward = dict(phase, **({} if peak is None else dict(peak_mib=peak)))
+    return dict(group="shapes", alternative="", point=point, forward=forward, **more)
 
 
 def test_ratios_come_from_medians():
-    table = ratios({"p/fused": made_up(0.6, 0.3, 20.0, clock=dict(mhz=2000)), "p/cudnn": made_up(0.5, 0.25), "p/flash": made_up(1.0, peak=16.0),
-                    "p/router": made_up(0.06, 0.015), "p/layer": made_up(1.2, 0.6), "q/fused": made_up(9.0)}, multiprocessors=4)
+    table = ratios({"p/fused": made_up(0.6, 0.3, 20.0, clock=dict(mhz=2000)), "p/cudnn": made_up(0.5, 0.25),
+                    "p/flash": made_up(1.0, peak=16.0), "p/router": made_up(0.06, 0.015), "p/layer": made_up(1.2, 0.6),
+                    "q/fused": made_up(9.0)}, multiprocessors=4)
     fused, router = table["p"]["fused"]["forward"], table["p"]["router"]["forward"]
-    assert fused["to_cudnn"] == 1.2 and fused["to_cudnn_queued"] == 1.2 and fused["mib_above_flash"] == 4.0 and fused["peak_to_flash"] == 1.25
+    assert fused["to_cudnn"] == 1.2 and fused["to_cudnn_queued"] == 1.2
+    assert fused["mib_above_flash"] == 4.0 and fused["peak_to_flash"] == 1.25
     floor_ms = 1e3 * 2 * 8 * 100 * 1000 / (16 * 4 * 2000e6)
     assert fused["of_floor"] == pytest.approx(floor_ms / 0.3, abs=1e-4) and table["q"]["fused"]["forward"]["to_cudnn"] is None
-    assert (router["of_fused"], router["of_fused_queued"], router["of_layer"], router["of_layer_queued"]) == (0.1, 0.05, 0.05, 0.025)
-    assert table["p"]["flash"]["forward"]["to_cudnn_queued"] is None and "of_floor" not in ratios({"p/fused": made_up(1.0)})["p"]["fused"]["forward"]
+    assert [router[name] for name in ("of_fused", "of_fused_queued", "of_layer", "of_layer_queued")] == [0.1, 0.05, 0.05, 0.025]
+    assert table["p"]["flash"]["forward"]["to_cudnn_queued"] is None
+    assert "of_floor" not in ratios({"p/fused": made_up(1.0)})["p"]["fused"]["forward"]
 
 
 def test_bad_input_is_refused(tmp_path, capsys, trial, monkeypatch):
@@ -109,7 +114,8 @@ def test_bad_input_is_refused(tmp_path, capsys, trial, monkeypatch):
     assert main(["--out", str(tmp_path / "a.json"), "--device", "cpu", "--only", "cudn_"]) == 1
     assert "no row contains 'cudn_'" in capsys.readouterr().err
     (tmp_path / "b.json").write_text("[]")
-    assert main(["--out", str(tmp_path / "b.json"), "--device", "cpu"]) == 1 and "not a result of this benchmark" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "b.json"), "--device", "cpu"]) == 1
+    assert "not a result of this benchmark" in capsys.readouterr().err
     data = json.loads(trial.read_text())
     data["where"]["torch"] = "1.0"
     (tmp_path / "c.json").write_text(json.dumps(data))
@@ -118,8 +124,10 @@ def test_bad_input_is_refused(tmp_path, capsys, trial, monkeypatch):
 
 
 def test_help():
-    shown = subprocess.run([sys.executable, "-m", "cmtaqr.attention.benchmark", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert shown.returncode == 0 and all(option in shown.stdout for option in ("--out", "--quick", "--only", "--force", "--device"))
+    command = [sys.executable, "-m", "cmtaqr.attention.benchmark", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0
+    assert all(option in shown.stdout for option in ("--out", "--quick", "--only", "--force", "--device"))
 
 
 def draw(results, folder):
@@ -130,7 +138,8 @@ def draw(results, folder):
     done = call_papermill("benchmark", folder / "drawn.ipynb", "-p", "results", str(results), cwd=folder)
     assert done.returncode == 0, done.stderr
     shown = [o for cell in json.loads((folder / "drawn.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
-    return sum("image/png" in o.get("data", {}) for o in shown), "".join(t for o in shown if o["output_type"] == "stream" for t in o["text"])
+    text = "".join(t for o in shown if o["output_type"] == "stream" for t in o["text"])
+    return sum("image/png" in o.get("data", {}) for o in shown), text
 
 
 def test_notebook_without_results_says_so(tmp_path):
@@ -150,10 +159,13 @@ def test_notebook_draws_a_made_up_file(tmp_path):
     for name, group, alternative, point in rows():
         ms = point.batch * point.queries * point.layout.num_keys / 2e8
         phase = dict(median=ms, p10=0.9 * ms, p90=1.1 * ms, queued=dict(median=0.8 * ms), launch_us=50.0, peak_mib=30.0)
-        facts = dict(batch=point.batch, queries=point.queries, keys=point.layout.num_keys, window=point.window, views_per_query=1.1)
-        found[name] = dict(group=group, alternative=alternative, point=facts, forward=phase, backward=phase, forward_backward=phase)
+        facts = dict(batch=point.batch, queries=point.queries, keys=point.layout.num_keys, window=point.window,
+                     views_per_query=1.1)
+        found[name] = dict(group=group, alternative=alternative, point=facts, forward=phase, backward=phase,
+                           forward_backward=phase)
     next(iter(found.values()))["clock"] = dict(mhz=2000, source="made up")
-    (tmp_path / "made_up.json").write_text(json.dumps(dict(where=dict(device="made up"), runs=[], rows=found, ratios=ratios(found, 132))))
+    content = dict(where=dict(device="made up"), runs=[], rows=found, ratios=ratios(found, 132))
+    (tmp_path / "made_up.json").write_text(json.dumps(content))
     figures, text = draw("made_up.json", tmp_path)
     assert figures == 5 and "no results yet" not in text
 

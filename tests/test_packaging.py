@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 PIN = re.compile(r"^\s*(?:- )?([A-Za-z0-9_.-]+)==([^\s;]+)\s*$", re.M)
-OPTIONAL_STACK = "mmengine mmcv mmdet mmdet3d nuscenes spconv spconv_triton triton fastcore nbdev flash_attn scipy cv2 matplotlib".split()
+OPTIONAL_STACK = ("mmengine mmcv mmdet mmdet3d nuscenes spconv spconv_triton triton fastcore nbdev flash_attn scipy cv2 "
+                  "matplotlib").split()
 
 
 def normal(name):
@@ -41,7 +42,8 @@ def test_every_pin_agrees_with_the_lock():
 
 
 def test_installed_versions_are_the_tested_ones():
-    installed = {normal(dist.metadata["Name"]): dist.version.split("+")[0] for dist in metadata.distributions(path=[sysconfig.get_path("purelib")])}
+    distributions = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {normal(dist.metadata["Name"]): dist.version.split("+")[0] for dist in distributions}
     checked = installed.keys() & LOCK.keys()
     assert {"torch", "mmcv", "mmdet3d", "mmengine", "nbdev", "nuscenes-devkit"} <= checked
     assert {name: (installed[name], LOCK[name]) for name in checked if installed[name] != LOCK[name]} == {}
@@ -71,8 +73,10 @@ def test_readme_figures_come_from_result_files():
         assert f"| {metric} | {values[0]:.3f} | {values[1]:.3f} |" in readme
         assert values[1] > values[0] + 0.05
     weights = result("demo_weights.json")["weights"]["all"]
-    assert f"go to {weights['lidar']['mean']:.2f} everywhere, the cameras' to {weights['camera']['mean']:.2f} on average" in readme
-    assert f"mAP {overfit['mAP']:.3f}" in readme and f"{overfit['iterations']} iterations and {overfit['seconds']:.0f} s" in readme
+    lidar, camera = (weights[sensor]["mean"] for sensor in ("lidar", "camera"))
+    assert f"go to {lidar:.2f} everywhere, the cameras' to {camera:.2f} on average" in readme
+    assert f"mAP {overfit['mAP']:.3f}" in readme
+    assert f"{overfit['iterations']} iterations and {overfit['seconds']:.0f} s" in readme
 
 
 def result(name):
@@ -92,7 +96,9 @@ def test_readme_times_and_errors_come_from_result_files():
             cmt, aqr = speed[f"cmt_{model}", setting], speed[f"cmt_aqr_{model}", setting]
             assert f"| {cmt:.1f} | {aqr:.1f} | {ratio[f'cmt_aqr_{model} {setting}']:.3f} |" in readme
     ratios = result("attention.json")["ratios"]
-    for name, label in (("2x900x22384w8", "900 × 22,384, 8"), ("2x900x56400w15", "900 × 56,400, 15"), ("2x1792x56400w15", "1,792 × 56,400, 15")):
+    labels = {"2x900x22384w8": "900 × 22,384, 8", "2x900x56400w15": "900 × 56,400, 15",
+              "2x1792x56400w15": "1,792 × 56,400, 15"}
+    for name, label in labels.items():
         fused, dense = (ratios[f"shapes/{name}"][way] for way in ("fused_planned", "efficient_dense"))
         own = [fused[phase]["to_cudnn_queued"] for phase in ("forward", "forward_backward")]
         assert f"| {label} | {own[0]:.2f} | {own[1]:.2f} | {dense['forward_backward']['to_cudnn']:.1f} |" in readme
@@ -106,7 +112,8 @@ def test_readme_training_figures_come_from_result_files():
     for config, label in (("cmt_aqr_voxel0100_r50_800x320_cbgs", "ResNet-50, 800×320"),
                           ("cmt_aqr_voxel0075_vov_1600x640_cbgs", "VoVNet-99, 1600×640")):
         for batch in (2, 4):
-            full, frozen, matrix = (rows[config, batch, "aqr", *rest] for rest in ((False, "windows"), (True, "windows"), (True, "unfused")))
+            full, frozen, matrix = (rows[config, batch, "aqr", *rest]
+                                    for rest in ((False, "windows"), (True, "windows"), (True, "unfused")))
             pace = full["samples_per_second"] / rows[config, batch, "cmt", False, "windows"]["samples_per_second"]
             paces = [f"{r['samples_per_second']:.1f}" for r in (full, frozen)]
             peaks = [f"{r['memory_mib']['peak'] / 1024:.1f}" for r in (full, frozen, matrix)]

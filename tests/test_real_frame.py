@@ -17,7 +17,8 @@ from cmtaqr.data.pipelines import nuscenes_pipeline  # noqa: E402
 from mmdet3d.structures.ops import points_in_rbbox  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-CLASSES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"]
+CLASSES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+           "traffic_cone"]
 WIDE = [-200.0, -200.0, -20.0, 200.0, 200.0, 20.0]  # metres; keeps every box of the frame in the training form
 GEOMETRY = dict(resize=(0.94, 1.25), flip_image=0.5, rotation=(-0.785, 0.785), scale=(0.9, 1.1), translation=0.5, flip_scene=0.5)
 
@@ -78,7 +79,8 @@ def best_ious(raw, sample, boxes, labels, label_mapping):
                     projected.append((label, box))
         for instance in raw["cam_instances"][camera]:
             box = rectangle(to_input(np.array(instance["bbox"]).reshape(2, 2)))
-            ious.append(max((iou(box, other) for label, other in projected if label == label_mapping[instance["bbox_label_3d"]]), default=0.0))
+            wanted = label_mapping[instance["bbox_label_3d"]]
+            ious.append(max((iou(box, other) for label, other in projected if label == wanted), default=0.0))
     return np.array(ious)
 
 
@@ -139,11 +141,12 @@ def test_r50_aqr_trains_on_the_frame(info_file, record_property):
     assert len([name for name in terms if "loss" in name]) == 24
     assert all(np.isfinite(value.item()) and value.item() > 0 for value in terms.values())
     sum(value for name, value in terms.items() if "loss" in name).backward()
-    # The router's last layer starts at zero: nothing behind it, and not the scale, has a gradient in the first step. Queries start
-    # without content, so the first self-attention has nothing to weigh yet.
+    # The router's last layer starts at zero: nothing behind it, and not the scale, has a gradient in the first step. Queries
+    # start without content, so the first self-attention has nothing to weigh yet.
     silent = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     first = "pts_bbox_head.transformer.decoder.layers.0."
-    expected = {f"{first}{name}.weight" for name in ("attentions.0.attn.out_proj", "norms.0")} | {f"{first}attentions.0.attn.in_proj_weight"}
+    quiet = "attentions.0.attn.out_proj.weight", "norms.0.weight", "attentions.0.attn.in_proj_weight"
+    expected = {first + name for name in quiet}
     assert {name for name in silent if not name.startswith("pts_bbox_head.aqr_")} == expected
     assert model.pts_bbox_head.aqr_router.to_weights.weight.grad.abs().max() > 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB

@@ -32,7 +32,8 @@ def toy(tmp_path, monkeypatch):
 
 def train(toy, *words):
     run = toy / "run"
-    assert train_main([str(toy / "toy.py"), f"data_root={toy / 'data'}", f"work_dir={run}", "max_iters=6", "device=cpu", *words]) == 0
+    settings = f"data_root={toy / 'data'}", f"work_dir={run}", "max_iters=6", "device=cpu"
+    assert train_main([str(toy / "toy.py"), *settings, *words]) == 0
     return run
 
 

@@ -18,21 +18,24 @@ from mmdet3d.structures import LiDARInstance3DBoxes  # noqa: E402
 from mmdet3d.structures.points import LiDARPoints  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-CLASSES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"]
+CLASSES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+           "traffic_cone"]
 RANGE = [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     init_default_scope("mmdet3d")
-    root = make_world(tmp_path_factory.mktemp("world") / "root", scenes=2, keyframes=3, image_size=(400, 225), seed=5, progress=False)
+    root = make_world(tmp_path_factory.mktemp("world") / "root", scenes=2, keyframes=3, image_size=(400, 225), seed=5,
+                      progress=False)
     make_infos(root)
     return root
 
 
 def frames(root, training, split="train", **settings):
     pipeline = nuscenes_pipeline(training, RANGE, CLASSES, (128, 320), **settings)
-    return NuScenesFrames(root, f"nuscenes_infos_{split}.pkl", pipeline=pipeline, test_mode=not training, metainfo=dict(classes=CLASSES))
+    return NuScenesFrames(root, f"nuscenes_infos_{split}.pkl", pipeline=pipeline, test_mode=not training,
+                          metainfo=dict(classes=CLASSES))
 
 
 @pytest.mark.parametrize("case", ["test", "a", "b", "c"])
@@ -47,7 +50,8 @@ def test_resize_crop_flip_agrees_with_golden(shared, case):
     matrix = np.eye(4)
     matrix[:3, :3] = transforms.image_matrix(resize, (x0, y0), size[1], bool(flip))
     cam2img = matrix @ golden["imgaug/in/intrinsic"]
-    np.testing.assert_allclose(cam2img, golden[f"imgaug/{case}/out_intrinsic"], rtol=1e-6)  # the golden factor passed through float32
+    # the golden factor passed through float32
+    np.testing.assert_allclose(cam2img, golden[f"imgaug/{case}/out_intrinsic"], rtol=1e-6)
     np.testing.assert_allclose(cam2img @ golden["imgaug/in/lidar2cam"], golden[f"imgaug/{case}/out_lidar2img"], rtol=1e-6)
 
 
@@ -94,7 +98,8 @@ def test_packed_sample_is_what_the_detector_expects(world):
     assert len(boxes) == len(data.gt_instances_3d.labels_3d) > 0
     meta = data.metainfo
     assert meta["lidar2img"].shape == (6, 4, 4) and meta["sample_idx"] == 0 and len(meta["token"]) == 32
-    assert meta["box_type_3d"] is LiDARInstance3DBoxes and meta["cameras"][0] == "CAM_FRONT" and meta["lidar_path"].endswith(".bin")
+    assert meta["box_type_3d"] is LiDARInstance3DBoxes
+    assert meta["cameras"][0] == "CAM_FRONT" and meta["lidar_path"].endswith(".bin")
 
 
 def test_ages_of_the_sweeps(world):
@@ -112,13 +117,15 @@ def test_seed_decides_the_sample(world):
         np.random.seed(seed)
         torch.manual_seed(seed)
         samples.append(dataset[0])
-    same, other = (np.array_equal(samples[0]["data_samples"].lidar2img, sample["data_samples"].lidar2img) for sample in samples[1:])
+    first, second, third = (sample["data_samples"].lidar2img for sample in samples)
+    same, other = np.array_equal(first, second), np.array_equal(first, third)
     assert same and not other and torch.equal(samples[0]["inputs"]["points"], samples[1]["inputs"]["points"])
 
 
 def test_flip_twice_is_nothing():
     rng = np.random.default_rng(0)
-    results = dict(points=LiDARPoints(torch.tensor(rng.normal(size=(9, 5)), dtype=torch.float32), 5), lidar2cam=rng.normal(size=(2, 4, 4)),
+    results = dict(points=LiDARPoints(torch.tensor(rng.normal(size=(9, 5)), dtype=torch.float32), 5),
+                   lidar2cam=rng.normal(size=(2, 4, 4)),
                    gt_bboxes_3d=LiDARInstance3DBoxes(torch.tensor(rng.normal(size=(4, 9)), dtype=torch.float32), box_dim=9))
     out = copy.deepcopy(results)
     for _ in range(2):
@@ -135,17 +142,20 @@ def test_metric_scores_the_ground_truth_with_one(world, tmp_path):
     from mmengine.structures import InstanceData
 
     dataset = frames(world, False, "val", sweeps_num=0)
-    metric = METRICS.build(dict(type="NuScenesMetric", data_root=str(world), ann_file=str(world / "nuscenes_infos_val.pkl"), jsonfile_prefix=str(tmp_path)))
+    metric = METRICS.build(dict(type="NuScenesMetric", data_root=str(world), ann_file=str(world / "nuscenes_infos_val.pkl"),
+                                jsonfile_prefix=str(tmp_path)))
     metric.dataset_meta = dataset.metainfo
     present = set()
     for sample in (dataset[i] for i in range(len(dataset))):
         data = sample["data_samples"]
         known = data.eval_ann_info["gt_labels_3d"] >= 0
-        boxes, labels = data.eval_ann_info["gt_bboxes_3d"][torch.from_numpy(known)], torch.from_numpy(data.eval_ann_info["gt_labels_3d"][known])
+        boxes = data.eval_ann_info["gt_bboxes_3d"][torch.from_numpy(known)]
+        labels = torch.from_numpy(data.eval_ann_info["gt_labels_3d"][known])
         near = boxes.gravity_center[:, :2].norm(dim=1) < 25
         present |= {CLASSES[label] for label in labels[near]}
         prediction = Det3DDataSample(metainfo=data.metainfo)
-        prediction.pred_instances_3d = InstanceData(bboxes_3d=boxes, labels_3d=labels, scores_3d=torch.linspace(1, 0.5, len(labels)))
+        confidence = torch.linspace(1, 0.5, len(labels))
+        prediction.pred_instances_3d = InstanceData(bboxes_3d=boxes, labels_3d=labels, scores_3d=confidence)
         prediction.pred_instances = InstanceData()
         metric.process({}, [prediction.to_dict()])
     scores = metric.evaluate(len(dataset))
