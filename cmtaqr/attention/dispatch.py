@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned', 'biased_attention']
 
-# %% ../../nbs/16_dispatch.ipynb #2b5e0c7d
+# %% ../../nbs/16_dispatch.ipynb #65314720
 from dataclasses import replace
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 from .flex import flex_biased_attention
 from .lowrank import _attend, flash_bias, global_bias_factors
 from .reference import _check_bias, _check_heads, _check_mask, attention_reference
-from .window import _obstacle
+from .window import _check_cells, _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
 
-# %% ../../nbs/16_dispatch.ipynb #58408e09
+# %% ../../nbs/16_dispatch.ipynb #64626bd7
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     mask, dead = None, None
     if attn_mask is not None:
@@ -47,9 +47,8 @@ def _check_places(q, k, v, bias, key_mask, layout):
     if any(t.device != q.device for t in others):
         raise ValueError(f'q is on {q.device}, but k, v, the mask or the bias on {[str(t.device) for t in others]}: '
                          'move them together')
-    if bias is not None and (parts[1].dtype not in (torch.int32, torch.int64) or parts[2].dtype != torch.bool):
-        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {parts[1].dtype} '
-                         f'and {parts[2].dtype}')
+    if bias is not None:
+        _check_cells(bias.windows)
 
 
 def _triton_obstacle(q, k, v, attn_mask, dropout_p):
@@ -122,7 +121,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         [B, H, Q, D]; zero for a query that may attend to nothing.
 
     Raises:
-        ValueError: unknown backend; shapes or devices that do not fit.
+        ValueError: unknown backend; shapes, dtypes or devices that do not fit.
         RuntimeError: the backend asked for cannot do it; the message says why.
     """
     if backend not in _BACKENDS:

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'TILE', 'LAUNCH', 'Launch', 'launch_for', 'attention_op', 'attention_backward_op', 'plan_op', 'plan_bias',
            'fused_attention']
 
-# %% ../../nbs/15_fused.ipynb #9ee75b5e
+# %% ../../nbs/15_fused.ipynb #789d29a6
 import math
 from dataclasses import dataclass
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
-from .launch import observed
+from .launch import _like_heads, _readable, _strides, observed
 from .plan import layout_numbers, map_numbers, plan_windows
-from .window_forward import _like_heads
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
@@ -48,7 +47,7 @@ def launch_for(dim: int, dtype: torch.dtype) -> Launch:
         return LAUNCH[dim, dtype]
     return Launch(forward=(4, 2, None), query=(4, 2, None), key=(4, 2, None)) if dim > 64 or dtype == torch.float32 else Launch()
 
-# %% ../../nbs/15_fused.ipynb #7909d9c2
+# %% ../../nbs/15_fused.ipynb #bba3b623
 def _splits(launch, batch, heads, queries, layout, device):
     """Runs of keys treated apart, so that few queries still fill the device: (LiDAR splits, views per split, splits).
 
@@ -73,10 +72,6 @@ def _maps(layout, decay):
 
 def _empty_outputs(q, exact):
     return _like_heads(q), _like_heads(q if exact else q[:0], torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _strides(*tensors):
-    return [s for t in tensors for s in t.stride()[:3]]
 
 
 def _options(q, ignored, kind):
@@ -118,11 +113,11 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, 
 def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact=True):
     return _empty_outputs(q, exact)
 
-# %% ../../nbs/15_fused.ipynb #644e4b0d
+# %% ../../nbs/15_fused.ipynb #da5ddd46
 def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants):
     batch, heads, queries, dim = q.shape
-    keys, launch, windowed = k.shape[2], launch_for(dim, q.dtype), kind in (1, 2)
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    keys, launch = k.shape[2], launch_for(dim, q.dtype)
+    grad, = _readable(grad)
     if not q.numel() or not keys:
         return tuple(t.zero_() for t in _empty_gradients(q, k, v, value, wants))
     dq, dvalue = _empty_query_gradients(q, value, wants)
@@ -161,7 +156,8 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
 def attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, value: Tensor, order: Tensor, centres: Tensor,
                           ranges: Tensor, ignored: Tensor, exact: Tensor, lse: Tensor, layout: list[int], decay: list[float],
                           kind: int, scale: float, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and value; empty tensors in place of the pairs (q, value) or (k, v) where `wants` asks for neither."""
+    """Gradients of q, k, v and value, of which `wants` names some; q's comes with value's, and k and v have both or neither.
+    Empty tensors in place of the others."""
     return _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale,
                                wants)
 
@@ -237,7 +233,7 @@ def _(cells, seen, layout, block, tile):
             seen.new_empty(batch, maps, blocks * block, 2, dtype=torch.float32),
             seen.new_empty(batch, blocks, maps, 2, dtype=torch.int32))
 
-# %% ../../nbs/15_fused.ipynb #1bb21810
+# %% ../../nbs/15_fused.ipynb #18c29161
 def plan_bias(bias: LocalBias) -> tuple:
     """Plan of the windows of a bias."""
     plan = plan_op if observed(bias.windows.cells) else plan_windows
@@ -268,7 +264,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f'scale={scale}: must be positive')
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = _readable(q, k, v)
     nothing, decay, kind = q.new_empty(0, dtype=torch.float32), [0.0, 0.0], 0
     value, order, centres, ranges = nothing, nothing, nothing, nothing
     if bias is not None:

@@ -42,6 +42,21 @@ def starter(facts, *tensors):
     alike = [(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
     return functools.partial(_start, _COMPILED.setdefault((tensors[0].device, *facts, *alike), {}))
 
+# %% ../../nbs/13b_launch.ipynb #eba37030
+def _like_heads(t, dtype=None):
+    """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
+    batch, heads, rows, dim = t.shape
+    return t.new_empty(batch, rows, heads, dim, dtype=dtype).transpose(1, 2)
+
+
+def _readable(*tensors):
+    """The tensors as the kernels can read them: a row's channels side by side."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _strides(*tensors):
+    return [n for t in tensors for n in t.stride()[:3]]
+
 # %% ../../nbs/13b_launch.ipynb #9ed7b7cf
 def observed(tensor):
     """Whether somebody looks at the operations: a compiler, a dispatch mode, a transform, or a tensor that is more than one."""

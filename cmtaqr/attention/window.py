@@ -102,7 +102,13 @@ class _Eager(torch.autograd.Function):
             dq, dk, dv = window_backward(grad, *ctx.saved_tensors, ctx.plan, need_q, need_k or need_v)
         return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
-# %% ../../nbs/14c_window.ipynb #f7d8f813
+# %% ../../nbs/14c_window.ipynb #41c393c6
+def _check_cells(windows):
+    if windows.cells.dtype not in (torch.int32, torch.int64) or windows.seen.dtype != torch.bool:
+        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {windows.cells.dtype} '
+                         f'and {windows.seen.dtype}')
+
+
 def _check_windows(q, k, v, windows):
     _check_heads(q, k, v)
     if not isinstance(windows, Windows):
@@ -113,9 +119,7 @@ def _check_windows(q, k, v, windows):
     if len({t.device for t in (q, k, v, windows.cells, windows.seen)}) > 1:
         raise ValueError(f'q, k, v and the windows must be on one device, got {q.device}, {k.device}, {v.device}, '
                          f'{windows.cells.device} (cells) and {windows.seen.device} (seen)')
-    if windows.cells.dtype not in (torch.int32, torch.int64) or windows.seen.dtype != torch.bool:
-        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {windows.cells.dtype} '
-                         f'and {windows.seen.dtype}')
+    _check_cells(windows)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend: str = 'auto') -> Tensor:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['backward_buffers', 'window_backward']
 
-# %% ../../nbs/14b_window_backward.ipynb #38ae3aac
+# %% ../../nbs/14b_window_backward.ipynb #067c2647
 import torch
 import triton
 import triton.language as tl
 
-from .launch import starter
-from .window_forward import _like_heads, _part_options, _readable, _samples, _start_camera, _strides, _warps
+from .launch import _like_heads, _readable, _strides, starter
+from .window_forward import _part_options, _samples, _start_camera, _warps
 from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING
 from .window_parts import (_camera_block, _counts, _dot, _in_window, _own_keys, _parts_of, _rows, _slice,
                                            _tile)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'VARIANTS', 'ring_scene', 'ring_windows', 'keys_per_query', 'benchmark_window', 'sweep', 'main']
 
-# %% ../../nbs/14d_window_benchmark.ipynb #6852e2ef
+# %% ../../nbs/14d_window_benchmark.ipynb #5b32d18e
 import argparse
 import json
 import math
@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from .timing import _event_times
 from .window import window_attention
 from ..geometry import TokenLayout, query_windows
 
@@ -64,17 +65,9 @@ def keys_per_query(windows):
     rows, cols = (windows.bounds()[..., i + 1] - windows.bounds()[..., i] for i in (0, 2))
     return (rows * cols).sum(-1).double().mean().item()
 
-# %% ../../nbs/14d_window_benchmark.ipynb #414072b9
+# %% ../../nbs/14d_window_benchmark.ipynb #022a93f8
 def _median_ms(run, repeats):
-    flush = torch.empty(2**28, dtype=torch.int8, device='cuda')
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, stop in events:
-        flush.zero_()
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    return statistics.median(_event_times(run, torch.empty(2**28, dtype=torch.int8, device='cuda'), 1, repeats))
 
 
 def _graphed(run):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['forward_buffers', 'window_forward']
 
-# %% ../../nbs/14a_window_forward.ipynb #44b0ed16
+# %% ../../nbs/14a_window_forward.ipynb #4a8eb9ae
 import torch
 import triton
 import triton.language as tl
 
-from .launch import starter
+from .launch import _like_heads, _readable, _strides, starter
 from .window_order import _FAR, _NUMBERS, LOG2E, TUNING, place_queries, rank_queries
 from .window_parts import _camera_block, _counts, _dot, _own_keys, _parts_of, _rows, _slice, _tile
 
@@ -92,22 +92,7 @@ def _own_kernel(q, k, v, out, exact, stats, parts, levels, places, lists, counts
     tl.store(stats, tl.where(l == 0, 0.0, m))
     tl.store(stats + num_queries, inverse)
 
-# %% ../../nbs/14a_window_forward.ipynb #2cc3bc31
-def _like_heads(t, dtype=None):
-    """Uninitialised [B, H, N, D] that lies in memory as [B, N, H, D], the way projections give and take it."""
-    batch, heads, rows, dim = t.shape
-    return t.new_empty(batch, rows, heads, dim, dtype=dtype).transpose(1, 2)
-
-
-def _readable(*tensors):
-    """The tensors as the kernels can read them: a row's channels side by side."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
-def _strides(*tensors):
-    return [n for t in tensors for n in t.stride()[:3]]
-
-
+# %% ../../nbs/14a_window_forward.ipynb #cd9db181
 def _stages(q, stages):
     """Pipeline stages; rows of more than 256 bytes fill the shared memory of smaller GPUs in three."""
     return min(stages, 2) if q.shape[3] * q.element_size() > 256 else stages

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TUNING', 'LOG2E', 'place_queries', 'rank_queries']
 
-# %% ../../nbs/14_window_order.ipynb #32e7bc06
+# %% ../../nbs/14_window_order.ipynb #d2773a71
 import os
 
-import torch
 import triton
 import triton.language as tl
 
@@ -89,7 +88,7 @@ def _rank_kernel(places, lists, counts, num_queries, num_maps, views, cols, chun
     tl.store(lists + 3 * num_queries + query, tl.where(row < _FAR, rank, -1), mask=ok)
     tl.store(counts + at, total, mask=chunk == 0)
 
-# %% ../../nbs/14_window_order.ipynb #38c60d30
+# %% ../../nbs/14_window_order.ipynb #61d95417
 def place_queries(cells, seen, places, start):
     """Fill `places`.
 
@@ -97,7 +96,7 @@ def place_queries(cells, seen, places, start):
         cells: [B, Q, M, 2] integer, contiguous.
         seen: [B, Q, M] uint8, contiguous.
         places: [B, M, 2, Q] int32; row and col of each centre on each map, row = `_FAR` where there is no window.
-        start: how to start a kernel, see `Starter`.
+        start: how to start a kernel, see `starter`.
     """
     batch, queries, maps = seen.shape
     chunks = triton.cdiv(queries, 64)
@@ -114,7 +113,7 @@ def rank_queries(places, lists, counts, plan, start):
             cols; and the rank of each query, -1 for one that it does not see.
         counts: [B, V] int32; how many queries each view sees.
         plan: of the layout.
-        start: how to start a kernel, see `Starter`.
+        start: how to start a kernel, see `starter`.
     """
     batch, views, _, queries = lists.shape
     if (plan[4] + 1) * queries >= 2**31 - 1:
