@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'make_data', 'training_frames', 'stage_times', 'loader_pace', 'needs', 'sentence', 'measure', 'main',
            'plot_loading']
 
-# %% ../../nbs/58d_loading.ipynb #47c6af93
+# %% ../../nbs/58d_loading.ipynb #0ba115b7
 import argparse
 import contextlib
 import io
@@ -28,16 +28,14 @@ from ..data.nuscenes import make_infos
 from ..data.pipelines import with_data
 from ..data.world import make_world
 from .configure import load_config
+from .feeding import describe, feed, plot_idle, trained, verdict
 from .parameters import package_root
 from .record import command, git_commit, machine, versions, write_json
-from .samples import SteadySamples, collate_with_faults
 
 # isort: split
 from mmdet3d.registry import DATASETS
-from mmengine.dataset import worker_init_fn
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
-from torch.utils.data import DataLoader
 
 # %% ../../nbs/58d_loading.ipynb #a417641d
 CONFIGS = ["cmt_aqr_voxel0100_r50_800x320_cbgs", "cmt_aqr_voxel0075_vov_1600x640_cbgs"]
@@ -110,7 +108,7 @@ def stage_times(dataset, samples=12, warmup=6):
                 cpu_ms_per_sample=round(float(total[0]), 2), wall_ms_per_sample=round(float(total[1]), 2),
                 read_mib=round(float(np.mean(sizes)) / 2**20, 2), packed_mib=round(packed / 2**20, 2))
 
-# %% ../../nbs/58d_loading.ipynb #1b14285b
+# %% ../../nbs/58d_loading.ipynb #504c71f2
 def loader_pace(dataset, workers, batch, samples_each=16):
     """Samples per second of a loader whose batches nobody uses.
 
@@ -123,19 +121,14 @@ def loader_pace(dataset, workers, batch, samples_each=16):
     Returns:
         float: Samples per second.
     """
-    count = batch * math.ceil(samples_each * workers / batch)
-    lead = 2 * workers * batch  # what is prefetched while the workers start
-    places = [(0, i, i % len(dataset)) for i in range(lead + count)]
-    loader = DataLoader(SteadySamples(dataset), batch_size=batch, sampler=places, num_workers=workers,
-                        collate_fn=collate_with_faults, persistent_workers=True, pin_memory=torch.cuda.is_available(),
-                        prefetch_factor=2, worker_init_fn=lambda i: worker_init_fn(i, workers, 0, 0))
-    batches = iter(loader)
-    for _ in range(2 * workers):
+    lead, count = 2 * workers, math.ceil(samples_each * workers / batch)
+    batches = iter(feed(dataset, workers, batch, lead + count))
+    for _ in range(lead):  # what is prefetched while the workers start
         next(batches)
     begun = time.perf_counter()
     for _ in batches:
         pass
-    return round(count / (time.perf_counter() - begun), 3)
+    return round(batch * count / (time.perf_counter() - begun), 3)
 
 # %% ../../nbs/58d_loading.ipynb #20af791e
 def needs(configs, training, gpus=8):
@@ -176,8 +169,9 @@ def sentence(rows, gpus=8):
             f"one training process per GPU) and {worst['read_mib_per_second']:.0f} MiB/s of reading for {worst['config']}, "
             f"{worst['what']}, batch {worst['batch']}, the most demanding of these; all others need no more cores.")
 
-# %% ../../nbs/58d_loading.ipynb #72e137b3
-def measure(file, configs=CONFIGS, data=None, training=None, workers=None, samples=12, gpus=8):
+# %% ../../nbs/58d_loading.ipynb #f7df7a80
+def measure(file, configs=CONFIGS, data=None, training=None, workers=None, samples=12, gpus=8, train="auto", train_workers=None,
+            steps=60):
     """Measure loading, and write the file after each config.
 
     Args:
@@ -188,15 +182,19 @@ def measure(file, configs=CONFIGS, data=None, training=None, workers=None, sampl
         workers (Sequence[int] | None): Numbers of worker processes; None takes powers of two up to the cores.
         samples (int): Samples per stage, and per worker.
         gpus (int): GPUs of a node.
+        train (str): 'yes': also train on what the loader delivers; 'no'; 'auto': where there is a GPU.
+        train_workers (Sequence[int] | None): Numbers of worker processes of that loader; None takes the config's.
+        steps (int): Steps of each training.
 
     Returns:
-        dict: versions, commit, machine, command, load (of the machine before), configs, needs, sentence.
+        dict: versions, commit, machine, command, load (of the machine before), configs, trained (records of
+        `cmtaqr.engine.feeding.trained`, none where nothing was trained), needs, sentence, verdict.
     """
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     workers = list(workers or [2**i for i in range(cores.bit_length()) if 2**i <= cores])
     result = dict(versions=versions(), commit=git_commit(), machine=machine(), command=command(), load=round(load, 2),
-                  cores=cores, data=Path(data).name if data else "synthetic", configs={})
+                  cores=cores, data=Path(data).name if data else "synthetic", configs={}, trained=[])
     source = Path(training or package_root() / "nbs" / "results" / "training.json")
     records = json.loads(source.read_text())["records"] if source.is_file() else []
     MMLogger.get_instance("mmengine").setLevel("WARNING")
@@ -221,9 +219,16 @@ def measure(file, configs=CONFIGS, data=None, training=None, workers=None, sampl
                 found["paces"].append(dict(workers=number, samples_per_second=pace, free=load + number < cores))
                 print(f"{config}: {pace:.1f} samples/s with {number} worker(s)", flush=True)
                 write_json(file, result)
+            for frozen in (False, True) if train == "yes" or (train == "auto" and torch.cuda.is_available()) else ():
+                for row in trained(dataset, config, frozen, train_workers, steps):
+                    result["trained"].append(row)
+                    print(describe(row), flush=True)
+                write_json(file, result)
     result["needs"] = needs(result["configs"], records, gpus)
     if result["needs"]:
         result["sentence"] = sentence(result["needs"], gpus)
+    if result["trained"]:
+        result["verdict"] = verdict(result["trained"])
     write_json(file, result)
     return result
 
@@ -240,6 +245,10 @@ def main(arguments=None):
     parser.add_argument("--workers", nargs="+", type=int, help="numbers of worker processes; if not given, up to the cores")
     parser.add_argument("--samples", type=int, default=12, help="samples per stage, and per worker")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--train", default="auto", choices=["auto", "yes", "no"],
+                        help="also train on what the loader delivers, and say how long the device is idle; auto: on a GPU")
+    parser.add_argument("--train-workers", nargs="+", type=int, help="worker processes of that loader; if not given, the config's")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each training")
     options = vars(parser.parse_args(arguments))
     try:
         result = measure(options.pop("json"), **options)
@@ -249,11 +258,12 @@ def main(arguments=None):
     for row in result["needs"]:
         print(row)
     print(result.get("sentence", "no measurements of training: give --training to learn how many cores a GPU needs"))
+    print(result.get("verdict", "no training on what the loader delivers: --train yes makes it without a GPU"))
     return 0
 
-# %% ../../nbs/58d_loading.ipynb #ba455567
+# %% ../../nbs/58d_loading.ipynb #863a5d03
 def plot_loading(result):
-    """Time of a sample by stage, and the pace of loaders.
+    """Time of a sample by stage, the pace of loaders, and how long a device was idle where that was measured.
 
     Args:
         result (dict): From `measure`.
@@ -266,7 +276,9 @@ def plot_loading(result):
     import seaborn as sns
 
     sns.set_theme(style="whitegrid")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    measured = result.get("trained")
+    figure, (left, right, *more) = plt.subplots(1, 3 if measured else 2, figsize=(18 if measured else 12, 4.5),
+                                                constrained_layout=True)
     rows = [dict(config=c, stage=s, ms=ms) for c, found in result["configs"].items() for s, ms in found["cpu_ms"].items()]
     sns.barplot(pd.DataFrame(rows), x="ms", y="stage", hue="config", ax=left)
     left.set(xlabel="ms of a core per sample", ylabel="")
@@ -274,6 +286,8 @@ def plot_loading(result):
     rows = [dict(p, config=c) for c, found in result["configs"].items() for p in found["paces"]]
     sns.lineplot(pd.DataFrame(rows), x="workers", y="samples_per_second", hue="config", marker="o", ax=right, legend=False)
     right.set(xlabel="worker processes", ylabel="samples per second")
+    if measured:
+        plot_idle(measured, *more)
     return figure
 
 # %% ../../nbs/58d_loading.ipynb #56ecd067
