@@ -52,6 +52,25 @@ def toy(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A synthetic data set whose evaluation has three frames: an odd number for two processes."""
+    pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
+    from cmtaqr.data.nuscenes import make_infos
+    from cmtaqr.data.world import make_world
+
+    world = tmp_path_factory.mktemp("launch") / "world"
+    make_world(world, scenes=["scene-0061", "scene-0103"], keyframes=3, sweeps=0, image_size=(400, 225), workers=1,
+               progress=False)
+    make_infos(world)
+    return world
+
+
+def submission(work_dir):
+    """Detections by frame, as an evaluation hands them to the devkit."""
+    return json.loads((Path(work_dir) / "nuscenes" / "pred_instances_3d" / "results_nusc.json").read_text())["results"]
+
+
 def command(folder, config, work_dir, *words):
     """The typed command and its environment."""
     path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tests")])
@@ -142,15 +161,7 @@ def test_a_run_that_stops_itself_says_why_in_a_line(toy, capsys):
     assert "steps in a row were skipped" in capsys.readouterr().err
 
 
-def test_evaluation_in_two_processes_gives_the_metrics_of_one(tmp_path):
-    pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
-    from cmtaqr.data.nuscenes import make_infos
-    from cmtaqr.data.world import make_world
-
-    world = tmp_path / "world"
-    make_world(world, scenes=["scene-0061", "scene-0103"], keyframes=3, sweeps=0, image_size=(400, 225), workers=1,
-               progress=False)
-    make_infos(world)
+def test_evaluation_in_two_processes_gives_the_metrics_of_one(world, tmp_path):
     found = {}
     for nproc in (1, 2):
         words = [sys.executable, "-m", "cmtaqr.engine.eval", "cmt_aqr_tiny", f"data_root={world}", "untrained=true", "device=cpu",
@@ -161,3 +172,4 @@ def test_evaluation_in_two_processes_gives_the_metrics_of_one(tmp_path):
         found[nproc] = json.loads((tmp_path / str(nproc) / "result.json").read_text())
     assert found[1]["metrics"] == found[2]["metrics"] and found[1]["classes"] == found[2]["classes"]
     assert found[1]["speed"]["frames"] == found[2]["speed"]["frames"] == 3
+    assert submission(tmp_path / "1") == submission(tmp_path / "2")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'write_job', 'read_job', 'join', 'carry_out', 'work', 'run_launched', 'run', 'write_sbatch', 'main']
 
-# %% ../../nbs/56h_worker.ipynb #1a20dd0d
+# %% ../../nbs/56h_worker.ipynb #66af5ff5
 import datetime
 import json
 import os
@@ -18,7 +18,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import run_config
 from .launch import check_processes, launch, sbatch_file
-from .metrics import evaluate
 from .parameters import EvalParameters, TrainParameters
 from .record import peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
@@ -74,7 +73,7 @@ def join(device, minutes=30):
 
 
 
-# %% ../../nbs/56h_worker.ipynb #6fd93385
+# %% ../../nbs/56h_worker.ipynb #2687a1df
 def _train(runner):
     tables = dict(model=model_size(runner.model), groups=parameter_groups(runner))
     if is_main_process():
@@ -85,6 +84,7 @@ def _train(runner):
 
 
 def _evaluate(runner):
+    from cmtaqr.engine.metrics import evaluate  # brings mmdet3d and the devkit, which a training of another model does without
     evaluation, speed = evaluate(runner, runner.cfg.precision)
     return dict(evaluation.asdict(), speed=speed, peak_memory_mib=peak_memory(), checkpoint=runner.cfg.load_from)
 
