@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtaqr.attention import attention_reference, biased_attention, fused
+from cmtaqr.attention import attention_reference, biased_attention, fused, plan
 from cmtaqr.attention.fused import Launch, attention_backward_op, attention_op, plan_op
 from cmtaqr.attention.plan import layout_numbers
 from cmtaqr.bias import AttentionBiasGenerator, LocalBias
@@ -277,6 +277,32 @@ def check_plan(device="cpu"):
     assert same_bits(computed(inputs, grad, bias), computed(inputs, grad, replace(bias, plan=fused.plan_bias(bias))))
 
 
+def check_current_device(device="cpu"):
+    """All kernels are launched while the device of their tensors is the current one, which Triton launches on."""
+    windows = small(20, 1, TINY, device=device)
+    *inputs, grad = random_inputs(windows, heads=1)
+    inputs, entered, launches = [t.requires_grad_() for t in inputs], [], []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    def watched(kernel):
+        stand_in = mock.MagicMock()
+        stand_in.__getitem__.side_effect = lambda grid: launches.append(len(entered)) or kernel[grid]
+        return stand_in
+
+    names = {fused: ("_forward", "_merge", "_prepare", "_query_gradients", "_collect", "_key_gradients"),
+             plan: ("_sort_keys", "_rank", "_place")}
+    with mock.patch.object(torch.cuda, "device_of", device_of), ExitStack() as patches:
+        for module, kernels in names.items():
+            patches.enter_context(mock.patch.multiple(module, **{name: watched(getattr(module, name)) for name in kernels}))
+        computed(inputs, grad, LocalBias(windows, inputs[3]))
+    assert launches == [1] * 9
+
+
 def check_nan_value(device="cpu"):
     """NaN as a query's value: NaN for that query if it has a window of that sensor, and the same bits as ever for all others."""
     for kind in ("uniform", "gaussian", "global"):
@@ -319,8 +345,9 @@ def check_low_scores(device="cpu"):
                 assert ours <= 3 * plain + 1e-2 * max(largest, 1.0), (dtype, kind, name, ours, plain, largest)
 
 
-CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "empty sizes": check_empty_sizes,
-          "NaN value": check_nan_value, "far windows": check_far_windows, "low scores": check_low_scores}
+CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "current device": check_current_device,
+          "empty sizes": check_empty_sizes, "NaN value": check_nan_value, "far windows": check_far_windows,
+          "low scores": check_low_scores}
 
 
 FULL = TokenLayout((128, 128), (6, 20, 50)), TokenLayout((180, 180), (6, 40, 100))

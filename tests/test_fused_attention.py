@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmtaqr.attention import biased_attention
+from cmtaqr.attention import biased_attention, planned
 from cmtaqr.bias import LocalBias
 from cmtaqr.geometry import Windows
 from window_cases import SMALL, random_windows
@@ -96,6 +96,9 @@ def replaced(bias, value=None, **changes):
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, value=b.value.to("meta")))),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.to("meta")))),
     (ValueError, r"q is on cpu, but .*meta", lambda q, k, v, b: biased(q, k, v, replaced(b, seen=b.windows.seen.to("meta")))),
+    (ValueError, r"the queries are on meta, but the windows on cpu", lambda q, k, v, b: planned(b, q.to("meta"))),
+    (ValueError, r"the queries are on cpu, but the windows on cpu \(cells\) and meta",
+     lambda q, k, v, b: planned(replaced(b, seen=b.windows.seen.to("meta")), q)),
     (ValueError, r"cells .* int64 or int32 and seen .* bool, got torch.float32",
      lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.float()))),
     (ValueError, r"seen .* bool, got torch.int64 and torch.uint8",
@@ -172,7 +175,7 @@ def test_gpu_head_dimension_128_in_float32(measured, kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["zero bias", "plan", "empty sizes", "NaN value", "far windows", "low scores"])
+@pytest.mark.parametrize("name", ["zero bias", "plan", "current device", "empty sizes", "NaN value", "far windows", "low scores"])
 def test_gpu_check(kernels, name):
     assert CHECKS[name](kernels) is None
 
@@ -197,6 +200,17 @@ def test_gpu_repeats_are_bit_equal_whatever_memory_held(kernels):
         junk += [torch.full_like(t, float("nan")) for t in (*first, *first)]
         del junk
         assert same_bits(computed(inputs, grad, bias), first)
+
+
+@pytest.mark.gpu
+def test_gpu_tensors_on_another_than_the_current_device(kernels):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs in one process")
+    inputs, grad, bias = full_case(torch.device("cuda", 1), queries=100)
+    with torch.cuda.device(1):
+        expected = computed(inputs, grad, bias)
+    assert torch.cuda.current_device() == 0
+    assert same_bits(computed(inputs, grad, planned(bias, inputs[0])), expected)
 
 
 @pytest.mark.gpu

@@ -91,8 +91,16 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
     Args:
         bias: for `biased_attention`; returned as it is where the plan has no use: None, global, on a CPU, or without Triton.
         queries: a tensor on the device of the queries.
+
+    Raises:
+        ValueError: the windows are on another device.
     """
-    if bias is None or bias.is_global or not queries.is_cuda or not _TRITON:
+    if bias is None or bias.is_global:
+        return bias
+    if not bias.windows.cells.device == bias.windows.seen.device == queries.device:
+        raise ValueError(f'the queries are on {queries.device}, but the windows on {bias.windows.cells.device} (cells) and '
+                         f'{bias.windows.seen.device} (seen): move them together')
+    if not queries.is_cuda or not _TRITON:
         return bias
     from cmtaqr.attention.fused import plan_bias
     return replace(bias, plan=plan_bias(bias))

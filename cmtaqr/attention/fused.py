@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
-from .launch import _like_heads, _readable, _strides, observed
+from .launch import _like_heads, _readable, _strides, observed, on_device
 from .plan import layout_numbers, map_numbers, plan_windows
 from ..bias import LocalBias
 from ..geometry import TokenLayout
@@ -79,6 +79,7 @@ def _options(q, ignored, kind):
                 PRECISION='ieee' if q.dtype == torch.float32 else 'tf32')
 
 # %% ../../nbs/15_fused.ipynb #bcff1ac1
+@on_device
 def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact):
     batch, heads, queries, dim = q.shape
     launch = launch_for(dim, q.dtype)
@@ -114,6 +115,7 @@ def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scal
     return _empty_outputs(q, exact)
 
 # %% ../../nbs/15_fused.ipynb #da5ddd46
+@on_device
 def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants):
     batch, heads, queries, dim = q.shape
     keys, launch = k.shape[2], launch_for(dim, q.dtype)

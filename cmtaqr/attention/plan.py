@@ -106,7 +106,9 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
     order = torch.empty(groups, batch, blocks * block, dtype=torch.int32, device=seen.device)
     centres = torch.empty(batch, maps, blocks * block, 2, device=seen.device)
     ranges = torch.empty(batch, blocks, maps, 2, dtype=torch.int32, device=seen.device)
-    if seen.numel():
+    if not seen.numel():
+        return order, centres, ranges
+    with torch.cuda.device_of(seen):    # Triton launches on the current device
         _sort_keys[(triton.cdiv(queries, 128), batch, groups)](
             cells, seen, keys, queries, maps, lidar_maps, lidar_cols, camera_rows * camera_cols, camera_cols, BLOCK=128)
         _rank[(triton.cdiv(blocks * block, 32), groups * batch)](keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
