@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cmtaqr.attention import attention_reference, biased_attention, fused, plan
 from cmtaqr.attention.fused import Launch, attention_backward_op, attention_op, plan_op
@@ -303,6 +304,26 @@ def check_current_device(device="cpu"):
     assert launches == [1] * 9
 
 
+def check_second_derivatives(device="cpu"):
+    """Refused in words by both ways to the kernels, past the dispatcher and through it; first ones may be recorded."""
+    windows = small(20, 1, TINY, device=device)
+    *inputs, grad = random_inputs(windows, heads=1)
+    inputs = [t.requires_grad_() for t in inputs]
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            out = biased_attention(*inputs[:3], LocalBias(windows, inputs[3]), backend="triton")
+            first = torch.autograd.grad(out, inputs, grad, create_graph=True)
+            assert same_bits(first, torch.autograd.grad(out, inputs, grad, retain_graph=True))
+            for ask in (lambda: torch.autograd.grad(first[3].square().sum(), inputs[0], retain_graph=True),
+                        lambda: (out.sum() + first[0].sum()).backward()):
+                try:
+                    ask()
+                except RuntimeError as error:
+                    assert "no second derivatives" in str(error), error
+                else:
+                    raise AssertionError("a second derivative was given")
+
+
 def check_nan_value(device="cpu"):
     """NaN as a query's value: NaN for that query if it has a window of that sensor, and the same bits as ever for all others."""
     for kind in ("uniform", "gaussian", "global"):
@@ -346,8 +367,8 @@ def check_low_scores(device="cpu"):
 
 
 CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "current device": check_current_device,
-          "empty sizes": check_empty_sizes, "NaN value": check_nan_value, "far windows": check_far_windows,
-          "low scores": check_low_scores}
+          "second derivatives": check_second_derivatives, "empty sizes": check_empty_sizes, "NaN value": check_nan_value,
+          "far windows": check_far_windows, "low scores": check_low_scores}
 
 
 FULL = TokenLayout((128, 128), (6, 20, 50)), TokenLayout((180, 180), (6, 40, 100))

@@ -175,7 +175,7 @@ def test_gpu_head_dimension_128_in_float32(measured, kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["zero bias", "plan", "current device", "empty sizes", "NaN value", "far windows", "low scores"])
+@pytest.mark.parametrize("name", ["zero bias", "plan", "current device", "second derivatives", "empty sizes", "NaN value", "far windows", "low scores"])
 def test_gpu_check(kernels, name):
     assert CHECKS[name](kernels) is None
 

@@ -202,7 +202,12 @@ def _backward(ctx, grad, *_):
     return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
 
+def _refuse(*_):
+    raise RuntimeError("the fused kernels have no second derivatives: use backend='reference' where you need them")
+
+
 attention_op.register_autograd(_backward, setup_context=_setup)
+attention_backward_op.register_autograd(_refuse)
 
 # %% ../../nbs/15_fused.ipynb #e922a76d
 class _Eager(torch.autograd.Function):
@@ -214,10 +219,10 @@ class _Eager(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         wants = list(ctx.needs_input_grad[:4])
-        grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings, wants)
+        differentiate = attention_backward_op if torch.is_grad_enabled() else _attention_backward
+        grads = differentiate(grad, *ctx.saved_tensors, *ctx.settings, wants)
         return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
 # %% ../../nbs/15_fused.ipynb #ce563659
