@@ -54,8 +54,9 @@ def test_interpreter_agrees_with_float64(interpreted, name):
     assert_accurate(errors, dtype, slack=2.0 if dtype == torch.bfloat16 else 1.0)
 
 
-def test_operator_passes_opcheck_and_compiles(interpreted):
-    assert interpreted["operator"] is None, interpreted["operator"]
+@pytest.mark.parametrize("name", ["operator", "second derivatives"])
+def test_operator_passes_opcheck_compiles_and_refuses(interpreted, name):
+    assert interpreted[name] is None, interpreted[name]
 
 
 def attention_inputs(windows, dtype=torch.float32, dim=16, heads=2):
@@ -219,6 +220,7 @@ def test_gpu_block_sizes(kernels, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_operator(kernels):
     check_operator(kernels)
+    window_cases.check_second_derivatives(kernels)
 
 
 @pytest.mark.gpu

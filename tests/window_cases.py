@@ -141,9 +141,25 @@ def check_operator(device="cpu"):
         assert all(torch.equal(a, b) for a, b in zip(got, first))
 
 
+def check_second_derivatives(device="cpu"):
+    """Refused in words; the first derivatives are the same where they are recorded."""
+    windows = random_windows(TINY, 1, 3, [2, 3], share=0.8, device=device)
+    q, k, v = (torch.randn(1, 1, n, 16, device=device).requires_grad_() for n in (3, TINY.num_keys, TINY.num_keys))
+    out = window_attention(q, k, v, windows, "triton").square().sum()
+    first = torch.autograd.grad(out, (q, k, v), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(out, (q, k, v), retain_graph=True)))
+    for gradient in first:
+        try:
+            torch.autograd.grad(gradient.sum(), k, retain_graph=True)
+        except RuntimeError as error:
+            assert "no second derivatives" in str(error), error
+        else:
+            raise AssertionError("a second derivative was given")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for name, case in {**CASES, "operator": check_operator}.items():
+    for name, case in {**CASES, "operator": check_operator, "second derivatives": check_second_derivatives}.items():
         try:
             result = case()
         except Exception as error:

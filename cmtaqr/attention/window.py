@@ -78,7 +78,12 @@ def _differentiate(ctx, grad, *_):
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
 
+def _refuse(*_):
+    raise RuntimeError("the kernels of window attention have no second derivatives: use backend='reference' where you need them")
+
+
 _window_attention.register_autograd(_differentiate, setup_context=_save)
+_window_attention_backward.register_autograd(_refuse)
 
 
 class _Eager(torch.autograd.Function):
@@ -94,12 +99,15 @@ class _Eager(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from cmtaqr.attention.window_backward import window_backward
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        with torch.cuda.device_of(grad):
-            dq, dk, dv = window_backward(grad, *ctx.saved_tensors, ctx.plan, need_q, need_k or need_v)
+        arguments = grad, *ctx.saved_tensors, ctx.plan, need_q, need_k or need_v
+        if torch.is_grad_enabled():  # somebody may want a second derivative: the operator refuses it
+            dq, dk, dv = _window_attention_backward(*arguments)
+        else:
+            from cmtaqr.attention.window_backward import window_backward
+            with torch.cuda.device_of(grad):
+                dq, dk, dv = window_backward(*arguments)
         return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
 # %% ../../nbs/14c_window.ipynb #41c393c6
