@@ -3,10 +3,13 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtaqr.attention import attention_reference, biased_attention, window_attention_reference
 from cmtaqr.bias import AttentionBiasGenerator, LocalBias
-from cmtaqr.geometry import TokenLayout
+from cmtaqr.geometry import TokenLayout, Windows
 from cmtaqr.router import AQRWeightGenerator
 
 from test_geometry import random_windows
@@ -79,6 +82,56 @@ def test_gradient_of_weights_and_scale_through_attention():
     assert torch.autograd.gradcheck(attend, (weights, torch.tensor(2.5, dtype=torch.float64, requires_grad=True)))
 
 
+@pytest.mark.parametrize("error, message, change", [
+    (TypeError, "q must be a tensor, got list", dict(q=[1.0])),
+    (TypeError, "attn_mask must be a tensor, got list", dict(attn_mask=[[True]])),
+    (TypeError, "key_mask must be a tensor, got ndarray", dict(key_mask=torch.zeros(2, 90).numpy())),
+    (TypeError, "bias must be one .*LocalBias, got Tensor; a dense bias goes to", dict(bias=torch.zeros(2, 7, 90))),
+    (TypeError, "bias must be one .*LocalBias, got list", dict(bias=[None])),
+    (TypeError, r"layout must be a .*TokenLayout\(lidar, camera\), got tuple", dict(layout=((6, 5), (3, 4, 5)))),
+    (ValueError, "one floating-point dtype, got torch.int64, torch.int64, torch.int64",
+     {name: torch.zeros(2, 2, n, 4, dtype=torch.long) for name, n in (("q", 7), ("k", 90), ("v", 90))}),
+    (ValueError, "one floating-point dtype, got torch.float32, torch.bool, torch.float32", dict(k=torch.zeros(2, 2, 90, 4) > 0)),
+    (ValueError, "one floating-point dtype, got torch.float32, torch.float32, torch.float16",
+     dict(v=torch.zeros(2, 2, 90, 4).half())),
+    (ValueError, "attn_mask must be bool", dict(attn_mask=torch.zeros(7, 90))),
+    (ValueError, r"attn_mask must be \[Q, K\] or \[B, Q, K\], got \[7, 89\]", dict(attn_mask=torch.zeros(7, 89) > 0)),
+    (ValueError, r"attn_mask must be \[Q, K\] or \[B, Q, K\], got \[7, 1\]", dict(attn_mask=torch.zeros(7, 1) > 0)),
+    (ValueError, "q is on cpu, but k, v, the masks or the bias on .*meta", dict(attn_mask=(torch.zeros(7, 90) > 0).to("meta"))),
+])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_does_not_fit_is_refused(error, message, change, biased, masked):
+    """Whether it comes alone or with a bias or a mask of the keys that are all right."""
+    q, k, v, value = (t.detach() for t in inputs(dtype=torch.float32))
+    right = dict(q=q, k=k, v=v, bias=LocalBias(random_windows(LAYOUT, 2, 7, [4, 3]), value) if biased else None,
+                 key_mask=torch.zeros(2, 90) > 0 if masked else None)
+    with pytest.raises(error, match=message):
+        biased_attention(**right | change)
+
+
+def test_transforms_and_fake_tensors_see_the_same_attention():
+    """Nothing looks at values that a transform or a fake tensor does not show, and no tangent is dropped."""
+    q, k, v, value = (t.detach() for t in inputs())
+    windows, zero = random_windows(LAYOUT, 2, 7, [4, 3]), torch.zeros_like(value)
+
+    def attend(value):
+        return biased_attention(q, k, v, LocalBias(windows, value))
+
+    values = torch.stack([value, zero])
+    torch.testing.assert_close(torch.func.vmap(attend)(values), torch.stack([attend(value), attend(zero)]))
+    for start in (value, zero):
+        forward = torch.func.jvp(attend, (start,), (value,))[1]
+        step = 1e-6 * value
+        torch.testing.assert_close(forward, (attend(start + step) - attend(start - step)) / 2e-6, rtol=1e-5, atol=1e-7)
+        with dual_level():
+            torch.testing.assert_close(unpack_dual(attend(make_dual(start, value))).tangent, forward)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (q, k, v, zero, windows.cells, windows.seen)]
+        bias = LocalBias(Windows(LAYOUT, *fake[4:], windows.sizes), fake[3])
+        assert biased_attention(*fake[:3], bias).shape == q.shape
+
+
 def test_zero_bias_changes_nothing():
     q, k, v, value = inputs(dtype=torch.float32)
     bias = LocalBias(random_windows(LAYOUT, 2, 7, 3), torch.zeros(2, 7, 2))
@@ -122,28 +175,42 @@ def test_router_weights_start_at_zero_and_are_defined_without_windows():
     assert all(p.grad.isfinite().all() for p in router.parameters())
 
 
-def test_large_memory_stays_small(monkeypatch):
+class Watch(TorchDispatchMode):
+    """Remembers how many numbers the largest result of an operation has in memory."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def test_large_memory_stays_small():
     """No operation of the router makes a tensor of the size queries x keys."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     layout, queries = TokenLayout((96, 96), (6, 20, 50)), 400
-    largest = [0]
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(t, torch.Tensor):
-                    largest[0] = max(largest[0], t.numel())
-            return out
-
     router = AQRWeightGenerator(16, 4, 32, window_sizes=[8, 5])
     windows = random_windows(layout, 1, queries, 1)
     windows.seen[..., 1:] &= windows.seen[..., 1:].cumsum(-1) <= 2
     tokens = torch.randn(1, queries, 16), torch.randn(1, layout.num_keys, 16), torch.randn(1, layout.num_keys, 16)
-    with Watch():
+    with Watch() as watch:
         router(*tokens, windows).sum().backward()
-    assert largest[0] < 0.2 * queries * layout.num_keys
+    assert watch.largest < 0.2 * queries * layout.num_keys
+
+
+def test_masked_keys_make_no_matrix():
+    """One row of the mask for all queries; a sample all of whose keys are ignored gets zeros."""
+    q, k, v = (torch.randn(2, 2, n, 8) for n in (300, 500, 500))
+    ignored = torch.rand(2, 500) < 0.3
+    ignored[1] = True
+    with Watch() as watch:
+        out = biased_attention(q, k, v, key_mask=ignored)
+    assert watch.largest < 0.2 * 300 * 500
+    expected = attention_reference(q.double(), k.double(), v.double(), attn_mask=ignored[:, None].expand(-1, 300, -1))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.count_nonzero(out[1]) == 0 and torch.count_nonzero(out[0]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

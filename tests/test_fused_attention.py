@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmtaqr.attention import biased_attention, planned
+from cmtaqr.attention import attention_reference, biased_attention, planned
 from cmtaqr.bias import LocalBias
-from cmtaqr.geometry import Windows
+from cmtaqr.geometry import TokenLayout, Windows
 from window_cases import SMALL, random_windows
 
 if importlib.util.find_spec("triton") is None:
@@ -103,7 +103,7 @@ def replaced(bias, value=None, **changes):
      lambda q, k, v, b: biased(q, k, v, replaced(b, cells=b.windows.cells.float()))),
     (ValueError, r"seen .* bool, got torch.int64 and torch.uint8",
      lambda q, k, v, b: biased(q, k, v, replaced(b, seen=b.windows.seen.byte()))),
-    (RuntimeError, r"backend='triton': .* one dtype, got torch.float32, torch.float16, torch.float32",
+    (ValueError, r"one floating-point dtype, got torch.float32, torch.float16, torch.float32",
      lambda q, k, v, b: biased(q, k.half(), v, b)),
     (RuntimeError, r"backend='triton': the kernels compute in .* got torch.float64",
      lambda q, k, v, b: biased(q.double(), k.double(), v.double(), b)),
@@ -112,6 +112,14 @@ def replaced(bias, value=None, **changes):
     (RuntimeError, r"backend='triton': .* no attn_mask",
      lambda q, k, v, b: biased(q, k, v, b, attn_mask=torch.zeros(9, 288) > 0)),
     (RuntimeError, r"backend='triton': .* \(dropout_p=0.1\)", lambda q, k, v, b: biased(q, k, v, b, dropout_p=0.1)),
+    (RuntimeError, r"backend='triton': .* no forward-mode derivatives",
+     lambda q, k, v, b: torch.func.jvp(lambda k: biased(q, k, v, b), (k,), (k,))),
+    (RuntimeError, r"backend='triton': .* no forward-mode derivatives",
+     lambda q, k, v, b: torch.func.jvp(lambda value: biased(q, k, v, replaced(b, value)), (b.value,), (b.value,))),
+    (RuntimeError, r"backend='triton': .* at most 65535 samples times heads .* got 8192 times 8",
+     lambda q, k, v, b: biased(*(t[:1, :1].expand(8192, 8, -1, -1) for t in (q, k, v)), None)),
+    (RuntimeError, r"backend='triton': .*one head counts as two.*got 32768 times 1",
+     lambda q, k, v, b: biased(*(t[:1, :1].expand(32768, 1, -1, -1) for t in (q, k, v)), None)),
     (ValueError, r"scale=-1.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=-1.0)),
     (ValueError, r"scale=0.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=0.0)),
 ])
@@ -175,7 +183,7 @@ def test_gpu_head_dimension_128_in_float32(measured, kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["zero bias", "plan", "current device", "second derivatives", "empty sizes", "NaN value", "far windows", "low scores"])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "operator"])
 def test_gpu_check(kernels, name):
     assert CHECKS[name](kernels) is None
 
@@ -357,6 +365,32 @@ def test_gpu_memory_does_not_grow_with_queries_times_keys(kernels):
     results = computed(inputs, grad, bias)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.numel() * t.element_size() for t in results)
     assert extra < 24 * inputs[0].numel() * 4
+
+
+@pytest.mark.gpu
+def test_gpu_more_samples_than_programs_along_an_axis(kernels):
+    """The largest number of samples that the kernels take, and one more, which goes another way by itself."""
+    layout = TokenLayout((2, 2), (1, 1, 2))
+    for batch in (32767, 32768):
+        windows = random_windows(layout, batch, 1, 1, device=kernels)
+        q, k, v, value, _ = random_inputs(windows, 1)
+        bias = planned(LocalBias(windows, value), q)
+        torch.testing.assert_close(biased_attention(q, k, v, bias), attention_reference(q, k, v, bias), rtol=1e-4, atol=1e-5)
+        assert (bias.plan is None) == (batch == 32768)
+
+
+@pytest.mark.gpu
+def test_gpu_masked_keys_take_the_kernels(kernels):
+    """Without bias and layout: no matrix of queries x keys."""
+    q, k, v = (torch.randn(1, 2, n, 32, device=kernels, dtype=torch.bfloat16) for n in (900, 22384, 22384))
+    ignored = torch.rand(1, 22384, device=kernels) < 0.5
+    expected = attention_reference(q.double(), k.double(), v.double(), attn_mask=ignored[:, None].expand(-1, 900, -1))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = biased_attention(q, k, v, key_mask=ignored)
+    assert torch.cuda.max_memory_allocated() - before < 900 * 22384
+    assert (out - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.gpu

@@ -124,6 +124,18 @@ def test_autocast_splits_for_the_dtype_it_computes_in():
     assert out.dtype == torch.bfloat16 and torch.equal(out, flash_bias(*halves, *inputs[3:], split=True))
 
 
+def test_autocast_leaves_float64_alone_as_pytorch_does():
+    inputs = *tokens(), *factors()
+    bias = LocalBias(random_windows(BOTH, 2, 7, 3), normal(2, 7, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.scaled_dot_product_attention(*inputs[:3])
+        assert plain.dtype == torch.float64 and torch.equal(biased_attention(*inputs[:3]), plain)
+        assert torch.equal(flash_bias(*inputs), flash_bias(*inputs)) and flash_bias(*inputs).dtype == torch.float64
+        assert biased_attention(*tokens(keys=BOTH.num_keys), bias).dtype == torch.float64
+        with pytest.raises(ValueError, match="one floating-point dtype, got torch.float64, torch.bfloat16"):
+            biased_attention(inputs[0], *(t.float() for t in inputs[1:3]))
+
+
 def test_nothing_to_attend_to():
     q, k, v = tokens(keys=0)
     out = flash_bias(q, k, v, *factors(keys=0))
@@ -280,7 +292,7 @@ def test_flex_takes_tensors_that_could_have_gradients_when_none_are_wanted():
 @pytest.mark.parametrize("backend, change, error, text", [
     ("flex", {}, RuntimeError, "no gradients of q, k and v on cpu"),
     ("flex", dict(dropout_p=0.1), RuntimeError, "does not drop probabilities"),
-    ("flex", dict(k=normal(2, 3, 50, 8, dtype=torch.float32)), RuntimeError, "q, k and v need one dtype"),
+    ("flex", dict(k=normal(2, 3, 50, 8, dtype=torch.float32)), ValueError, "one floating-point dtype"),
     ("flex", dict(k=normal(2, 3, 0, 8), v=normal(2, 3, 0, 8)), RuntimeError, "at least one query and one key, got 7 and 0"),
     ("flex", dict(attn_mask=torch.zeros(7, 9, dtype=torch.bool), q=normal(2, 3, 7, 8)), ValueError, "attn_mask must be"),
     ("flash_attn", {}, RuntimeError, "flash-attn package is not installed|needs a GPU"),
@@ -339,11 +351,11 @@ def test_auto_takes_extra_channels_only_for_a_bare_global_bias_on_a_gpu(monkeypa
     windows = random_windows(BOTH, 2, 7, 3)
     local, everywhere = (LocalBias(windows, normal(2, 7, 2), is_global=g) for g in (False, True))
     gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    half, double = k.bfloat16(), types.SimpleNamespace(is_cuda=True, dtype=torch.float64)
-    assert dispatch._low_rank(gpu, half, half, everywhere, None)
-    assert not any([dispatch._low_rank(gpu, half, half, local, None), dispatch._low_rank(q, k, v, everywhere, None),
-                    dispatch._low_rank(gpu, half, half, everywhere, torch.zeros(7, BOTH.num_keys, dtype=torch.bool)),
-                    dispatch._low_rank(double, k, v, everywhere, None), dispatch._low_rank(gpu, k, v, everywhere, None)])
+    double = types.SimpleNamespace(is_cuda=True, dtype=torch.float64)
+    assert dispatch._low_rank(gpu, k, everywhere, None)
+    assert not any([dispatch._low_rank(gpu, k, local, None), dispatch._low_rank(q, k, everywhere, None),
+                    dispatch._low_rank(gpu, k, everywhere, torch.zeros(7, BOTH.num_keys, dtype=torch.bool)),
+                    dispatch._low_rank(double, k, everywhere, None), dispatch._low_rank(gpu, k[:, :, :0], everywhere, None)])
     monkeypatch.setattr(dispatch, "_low_rank", lambda *args: True)
     called = []
     monkeypatch.setattr(dispatch, "flash_bias", lambda *args, **kwargs: called.append(kwargs) or flash_bias(*args, **kwargs))

@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .flex import flex_biased_attention
-from .lowrank import _attend, flash_bias, global_bias_factors
-from .reference import _check_bias, _check_heads, _check_mask, attention_reference
+from .launch import observed
+from .lowrank import _attend, _autocast, flash_bias, global_bias_factors
+from .reference import _check_bias, _check_dtypes, _check_heads, _check_mask, attention_reference
 from .window import _check_cells, _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
@@ -23,7 +25,8 @@ from ..geometry import _TRITON, TokenLayout
 def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     mask, dead = None, None
     if attn_mask is not None:
-        _check_mask(q, k, attn_mask)
+        if attn_mask.stride(-2) == 0:
+            attn_mask = attn_mask[..., :1, :]    # one row for all queries stays one row
         # kernels disagree on a query that may attend to nothing: let it attend to everything, and zero its output
         dead = attn_mask.all(-1, keepdim=True)
         mask = (~attn_mask | dead).unsqueeze(-3)
@@ -34,31 +37,56 @@ def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     return out if dead is None else out.masked_fill(dead.unsqueeze(-3), 0)
 
 
-def _check_places(q, k, v, bias, key_mask, layout):
+def _check_types(bias, layout, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
+    if bias is not None and not isinstance(bias, LocalBias):
+        raise TypeError(f'bias must be one cmtaqr.bias.LocalBias, got {type(bias).__name__}; '
+                        'a dense bias goes to torch.nn.functional.scaled_dot_product_attention')
+    if layout is not None and not isinstance(layout, TokenLayout):
+        raise TypeError(f'layout must be a cmtaqr.geometry.TokenLayout(lidar, camera), got {type(layout).__name__}')
+
+
+def _check_places(q, k, v, bias, attn_mask, key_mask, layout):
     if bias is not None:
         _check_bias(q, k, bias.windows)
     if layout is not None and layout.num_keys != k.shape[2]:
         raise ValueError(f'the layout has {layout.num_keys} keys, but k holds {k.shape[2]}')
+    if attn_mask is not None:
+        _check_mask(q, k, attn_mask)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
         raise ValueError(f'key_mask must be bool [B, K] = {[k.shape[0], k.shape[2]]}, True where a key is ignored, got '
                          f'{key_mask.dtype} {list(key_mask.shape)}')
     parts = () if bias is None else (bias.value, bias.windows.cells, bias.windows.seen)
-    others = [t for t in (k, v, key_mask, *parts) if t is not None]
+    others = [t for t in (k, v, attn_mask, key_mask, *parts) if t is not None]
     if any(t.device != q.device for t in others):
-        raise ValueError(f'q is on {q.device}, but k, v, the mask or the bias on {[str(t.device) for t in others]}: '
+        raise ValueError(f'q is on {q.device}, but k, v, the masks or the bias on {[str(t.device) for t in others]}: '
                          'move them together')
     if bias is not None:
         _check_cells(bias.windows)
 
 
-def _triton_obstacle(q, k, v, attn_mask, dropout_p):
+def _has_tangent(*tensors):
+    """Whether forward-mode differentiation follows one of the tensors."""
+    return any(unpack_dual(t).tangent is not None for t in tensors)
+
+
+_MAX_PROGRAMS = 65535    # along the second and the third axis of a GPU's grid
+
+
+def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
     """Why the fused kernels cannot compute this; None if they can."""
     if attn_mask is not None:
         return 'the fused kernels take no attn_mask (key_mask ignores keys)'
     if dropout_p:
         return f'the fused kernels do not drop probabilities (dropout_p={dropout_p})'
-    if not q.dtype == k.dtype == v.dtype:
-        return f'q, k and v need one dtype, got {q.dtype}, {k.dtype}, {v.dtype}'
+    # heads in the kernels; in the plan the two orders of the queries
+    if q.shape[0] * max(q.shape[1], 2) > _MAX_PROGRAMS:
+        return (f'the kernels take at most {_MAX_PROGRAMS} samples times heads (one head counts as two), got {q.shape[0]} times '
+                f'{q.shape[1]}: give them fewer samples at a time')
+    if _has_tangent(q, k, v) or bias is not None and _has_tangent(bias.value):
+        return 'the fused kernels have no forward-mode derivatives'
     return _obstacle(q)
 
 
@@ -73,23 +101,25 @@ def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
     return flash_bias(q, k, v, *global_bias_factors(bias), backend='flash_attn', split=True, dropout_p=dropout_p)
 
 
-def _low_rank(q, k, v, bias, attn_mask):
+def _low_rank(q, k, bias, attn_mask):
     """Whether a bias goes through PyTorch's kernels in extra channels, instead of through chunks."""
-    fits = q.dtype == k.dtype == v.dtype != torch.float64 and k.shape[2] > 0
-    return q.is_cuda and bias.is_global and attn_mask is None and fits
+    return q.is_cuda and bias.is_global and attn_mask is None and q.dtype != torch.float64 and k.shape[2] > 0
 
 
 def _does_nothing(bias):
-    """Whether a bias can be left out: on the CPU, where looking at it is cheap, without gradients."""
-    wanted = torch.is_grad_enabled() and bias.value.requires_grad
-    return bias.value.device.type == 'cpu' and not wanted and not torch.compiler.is_compiling() and not bias.value.any()
+    """Whether a bias can be left out: on the CPU, where looking at it is cheap, without derivatives."""
+    if bias.value.device.type != 'cpu' or observed(bias.value):    # compilers and transforms know no values
+        return False
+    wanted = torch.is_grad_enabled() and bias.value.requires_grad or _has_tangent(bias.value)
+    return not wanted and not bias.value.any()
 
 
 def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
     """The bias with the plan of its windows, so that several layers need not make it again.
 
     Args:
-        bias: for `biased_attention`; returned as it is where the plan has no use: None, global, on a CPU, or without Triton.
+        bias: for `biased_attention`; returned as it is where the plan has no use: None, global, on a CPU, without Triton,
+            or with more samples than the kernels take.
         queries: a tensor on the device of the queries.
 
     Raises:
@@ -100,7 +130,7 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
     if not bias.windows.cells.device == bias.windows.seen.device == queries.device:
         raise ValueError(f'the queries are on {queries.device}, but the windows on {bias.windows.cells.device} (cells) and '
                          f'{bias.windows.seen.device} (seen): move them together')
-    if not queries.is_cuda or not _TRITON:
+    if not queries.is_cuda or not _TRITON or 2 * len(bias.value) > _MAX_PROGRAMS:
         return bias
     from cmtaqr.attention.fused import plan_bias
     return replace(bias, plan=plan_bias(bias))
@@ -129,19 +159,23 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         [B, H, Q, D]; zero for a query that may attend to nothing.
 
     Raises:
+        TypeError: something else than a tensor, a `LocalBias` or a `TokenLayout`.
         ValueError: unknown backend; shapes, dtypes or devices that do not fit.
         RuntimeError: the backend asked for cannot do it; the message says why.
     """
     if backend not in _BACKENDS:
         raise ValueError(f'backend={backend!r}: choose one of {", ".join(map(repr, _BACKENDS))}')
+    _check_types(bias, layout, q=q, k=k, v=v, attn_mask=attn_mask, key_mask=key_mask)
     _check_heads(q, k, v)
-    _check_places(q, k, v, bias, key_mask, layout)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    obstacle = _triton_obstacle(q, k, v, attn_mask, dropout_p) if backend in ('auto', 'triton') else None
+    _check_places(q, k, v, bias, attn_mask, key_mask, layout)
+    q, k, v = _autocast(q, k, v)
+    _check_dtypes(q, k, v)
+    asked = any(x is not None for x in (bias, key_mask, layout))
+    fused = backend == 'triton' or backend == 'auto' and q.is_cuda and asked
+    obstacle = _triton_obstacle(q, k, v, bias, attn_mask, dropout_p) if fused else None
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
-    if backend == 'triton' or backend == 'auto' and q.is_cuda and not obstacle and (bias is not None or layout is not None):
+    if fused and not obstacle:
         from cmtaqr.attention.fused import fused_attention
         return fused_attention(q, k, v, bias, key_mask, layout=layout)
     if key_mask is not None:
@@ -152,7 +186,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         return _flash_attn(q, k, v, bias, attn_mask, dropout_p)
     if backend == 'auto' and bias is not None and _does_nothing(bias):
         bias = None
-    if backend == 'auto' and bias is not None and _low_rank(q, k, v, bias, attn_mask):
+    if backend == 'auto' and bias is not None and _low_rank(q, k, bias, attn_mask):
         return flash_bias(q, k, v, *global_bias_factors(bias), split=True, dropout_p=dropout_p)
     if backend == 'reference' or backend == 'auto' and bias is not None:
         return attention_reference(q, k, v, bias, attn_mask, dropout_p=dropout_p)

@@ -41,6 +41,15 @@ def _flash_obstacle(q, k, channels, backend):
     return None
 
 
+def _autocast(*tensors):
+    """The tensors in autocast's dtype, if it is on; float64 stays, as it does in PyTorch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
 def _round_up(channels):
     return (channels + 7) // 8 * 8
 
@@ -112,7 +121,7 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
         dropout_p: dropout of the attention probabilities.
 
     Returns:
-        [B, H, Q, D] in q's dtype (autocast's, where it is on). Gradients flow to all five tensors.
+        [B, H, Q, D] in q's dtype (autocast's, where it is on and q is not float64). Gradients flow to all five tensors.
 
     Raises:
         ValueError: unknown backend; shapes or devices that do not fit; a scale that is not positive.
@@ -127,8 +136,7 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f'scale={scale}: must be positive, the factor of the queries is divided by it')
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = _autocast(q, k, v)
     return _attend(q, k, v, scale, backend, dropout_p, *_channels(q_bias, k_bias, q.dtype, scale, split))
 
 # %% ../../nbs/15b_lowrank.ipynb #404b3edf

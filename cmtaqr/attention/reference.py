@@ -21,6 +21,11 @@ def _check_heads(q, k, v):
                          f'got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}')
 
 
+def _check_dtypes(q, k, v):
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f'q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}: convert them')
+
+
 def _check_bias(q, k, windows):
     expected, found = (q.shape[0], q.shape[2], k.shape[2]), (*windows.seen.shape[:2], windows.layout.num_keys)
     if expected != found:
@@ -69,9 +74,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         [B, H, Q, D] in q's dtype; zero for a query that may attend to nothing.
 
     Raises:
-        ValueError: shapes do not fit, or the mask is not bool.
+        ValueError: shapes or dtypes do not fit, or the mask is not bool.
     """
     _check_heads(q, k, v)
+    _check_dtypes(q, k, v)
     if bias is not None:
         _check_bias(q, k, bias.windows)
     if attn_mask is not None:
@@ -83,7 +89,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         with torch.autocast(q.device.type, enabled=False):
             scores = (q[:, :, chunk].to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
             if bias is not None:
-                scores += LocalBias(bias.windows, value, bias.sigma, bias.is_global).dense(chunk)[:, None]
+                scores = scores + LocalBias(bias.windows, value, bias.sigma, bias.is_global).dense(chunk)[:, None]
             if attn_mask is None:
                 weights = scores.softmax(-1)
             else:
