@@ -19,8 +19,8 @@ from cmtaqr.engine.hooks import read_history  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-CRASH = """
-import os, time
+HOOKS = """
+import os, signal, time
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -29,6 +29,12 @@ class Crash(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if os.environ.get("RANK") == "1" and runner.iter == 3:
             raise OSError("the disk of rank 1 is gone")
+
+@HOOKS.register_module(force=True)
+class Killed(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if os.environ.get("RANK") == "1" and runner.iter == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 @HOOKS.register_module(force=True)
 class Slow(Hook):
@@ -42,10 +48,10 @@ def toy(tmp_path):
     """A toy config and its data; the rest of a command line of a training on the CPU."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.pkl").touch()
-    (tmp_path / "extra_hooks.py").write_text(CRASH)
+    (tmp_path / "extra_hooks.py").write_text(HOOKS)
     text = toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_")
     (tmp_path / "toy.py").write_text(text)
-    for name in ("Crash", "Slow"):
+    for name in ("Crash", "Killed", "Slow"):
         hooks = f'custom_hooks = [dict(type="HistoryHook"), dict(type="{name}")]\n'
         imports = 'custom_imports = dict(imports=["cmtaqr.engine", "toy_engine", "extra_hooks"], allow_failed_imports=False)\n'
         (tmp_path / f"{name.lower()}.py").write_text(text + imports + hooks)
@@ -109,6 +115,12 @@ def test_a_crash_in_one_rank_ends_all_and_shows_its_traceback(toy):
     assert done.returncode == 1 and "rank 1 failed" in done.stderr
     assert "the disk of rank 1 is gone" in done.stderr and "extra_hooks.py" in done.stderr
     assert time.perf_counter() - begun < 120  # not the half hour of a collective operation's patience
+
+
+def test_a_killed_rank_is_named_and_not_the_one_that_lost_it(toy):
+    done = run(toy, "killed", toy / "killed", "max_iters=8", "--nproc", "2")
+    assert done.returncode == 1 and "rank 1 was killed by SIGKILL" in done.stderr
+    assert "LostProcess" not in done.stderr
 
 
 def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
