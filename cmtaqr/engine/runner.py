@@ -30,6 +30,7 @@ from .faults import FaultHook, FiniteGuard, GuardedWrapper
 from .frozen import freeze_modules
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .record import peak_memory, run_record, write_json
+from .recompute import recompute
 from .safe_files import verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
 from .scale_out import to_channels_last
@@ -52,7 +53,7 @@ class FileLogRunner(Runner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
-        """Freeze, lay out and compile the parts asked for; put the model on the device of the run, be it the CPU beside a GPU."""
+        """Freeze, lay out, compile and recompute the parts asked for; put the model on the run's device, be it the CPU beside a GPU."""
         freeze_modules(model, self.cfg.get("frozen") or [])  # before several processes' wrapper asks what will have gradients
         to_channels_last(model, self.cfg.get("channels_last") or [])  # likewise: it notes the layout of gradients
         if (self.cfg.get("randomness") or {}).get("deterministic") and torch.device(self.cfg.get("device", "cpu")).type == "cuda":
@@ -61,6 +62,7 @@ class FileLogRunner(Runner):
         if self.cfg.get("compiled_parts"):
             from cmtaqr.detector.inference import compile_parts
             compile_parts(model, self.cfg.compiled_parts)
+        recompute(model, self.cfg.get("recomputed_parts") or [])
         if self.distributed and torch.device(self.cfg.get("device", "cpu")).type == "cpu":
             return MMDistributedDataParallel(module=model, broadcast_buffers=False)  # mmengine would name a GPU
         model = super().wrap_model(model_wrapper_cfg, model)
@@ -171,6 +173,8 @@ def safe_settings(cfg):
         loader.collate_fn = dict(type=collate_with_faults.__name__, **inner)
     if _named(cfg.optim_wrapper, "OptimWrapper") == "OptimWrapper":
         cfg.optim_wrapper.type = GuardedWrapper.__name__
+    if recomputed := cfg.pop("activation_checkpointing", None):
+        cfg.recomputed_parts = [recomputed] if isinstance(recomputed, str) else list(recomputed)
     saving = (cfg.get("default_hooks") or {}).get("checkpoint")
     if saving and _named(saving, "") == "CheckpointHook":
         saving.type = SafeCheckpointHook.__name__
