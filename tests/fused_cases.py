@@ -66,6 +66,15 @@ def largest_errors(results):
     return errors
 
 
+def allowed_error(name, plain, largest, floor):
+    """Twice (output) or three times (gradients) torch's own error, and a share `floor` of the largest value; never half of that
+    value, which an all-zero result is further off. Where all terms cancel, as in the score's gradient for a single key, the
+    exact value is 0 but for float64's rounding, and the share is that of 1."""
+    if largest < 1e-9:
+        return floor
+    return min((2 if name == "out" else 3) * plain + floor * largest, largest / 2)
+
+
 def measure(windows, kind="uniform", heads=2, dim=16, dtype=torch.float32, needs=(True,) * 4, memory="heads inside", masked=False,
             launch=None, given_layout=True, **options):
     """Largest errors of the fused kernels and of torch's attention with a dense bias in the same dtype, against float64.
@@ -145,6 +154,7 @@ def _cases():
         cases[f"{kind}, LiDAR alone"] = case(lambda: border_windows(LIDAR, [4, 3]), kind=kind)
         cases[f"{kind}, cameras alone"] = case(lambda: border_windows(CAMERA, [4, 3]), kind=kind)
         cases[f"{kind}, float16"] = case(small, kind=kind, dtype=torch.float16)
+        cases[f"{kind}, bfloat16"] = case(small, kind=kind, dtype=torch.bfloat16)
     for kind in ("uniform", "gaussian"):
         for even, odd in (([4, 5], "even and odd"), ([3, 2], "odd and even")):
             cases[f"{kind}, borders, {odd}"] = case(lambda even=even: border_windows(SMALL, even), kind=kind)
@@ -353,7 +363,8 @@ def check_far_windows(device="cpu"):
         windows.cells[0, :4] = torch.tensor([[-2, 3], [-1, -1], [9, 12], [10, 2]], device=device)[:, None]
         windows.seen[:] = True
         errors = measure(windows, heads=1, launch=STEPS)
-        assert all(ours <= 3 * plain + 2e-6 * max(largest, 1.0) for ours, plain, largest in errors.values()), (far, errors)
+        for name, (ours, plain, largest) in errors.items():
+            assert ours <= allowed_error(name, plain, largest, 2**-19), (far, name, ours, plain, largest)
 
 
 def check_low_scores(device="cpu"):
@@ -363,7 +374,7 @@ def check_low_scores(device="cpu"):
             errors = measure(small(20, layout=TINY, device=device), kind, 1, dtype=dtype, launch=STEPS, offset=offset)
             # the offset's own channel multiplies rounding errors that sum to 0 otherwise
             for name, (ours, plain, largest) in errors.items():
-                assert ours <= 3 * plain + 1e-2 * max(largest, 1.0), (dtype, kind, name, ours, plain, largest)
+                assert ours <= allowed_error(name, plain, largest, 1e-2), (dtype, kind, name, ours, plain, largest)
 
 
 CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "current device": check_current_device,

@@ -9,7 +9,7 @@ __all__ = []
 import triton
 import triton.language as tl
 
-from .forward import split_share, window_profile
+from .forward import dot, split_share, window_profile
 
 # %% ../../nbs/13a_backward.ipynb #9ee14b5c
 @triton.jit
@@ -85,8 +85,8 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
             there = tile * TILE + columns < map_keys
             y = tl.load(k_tile, there[:, None], 0.0)
             z = tl.load(v_tile, there[:, None], 0.0)
-            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            dp = tl.dot(g, tl.trans(z), input_precision=PRECISION)
+            s = dot(x, tl.trans(y), None, PRECISION)
+            dp = dot(g, tl.trans(z), None, PRECISION)
             if KIND == 3:
                 s += own[:, None]
             if MASKED:
@@ -104,7 +104,7 @@ def _query_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_val
                 own_sum += tl.sum(p * dp, 1)
                 mass += tl.sum(p, 1)
             ds = p * (dp - delta[:, None])
-            sums = tl.dot(ds.to(y.dtype), y, sums, input_precision=PRECISION)
+            sums = dot(ds.to(y.dtype), y, sums, PRECISION)
             k_tile += TILE * k_row
             v_tile += TILE * v_row
     rows = query.to(tl.int64)[:, None]
@@ -164,7 +164,7 @@ def _key_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
         x, g = tl.load(x_block), tl.load(g_block)
         level = tl.load(sorted_lse + source + block * BLOCK + places)
         delta = tl.load(sorted_delta + source + block * BLOCK + places)
-        s = tl.dot(y, tl.trans(x), input_precision=PRECISION)
+        s = dot(y, tl.trans(x), None, PRECISION)
         if KIND == 1 or KIND == 2:
             if (touched >> (block % 32)) & 1:
                 row, col = tl.load(centres + (block * BLOCK + places) * 2), tl.load(centres + (block * BLOCK + places) * 2 + 1)
@@ -175,9 +175,9 @@ def _key_gradients(sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
         p = tl.exp2(s * to_base2 - level[None, :])
         if MASKED:
             p = tl.where(visible[:, None], p, 0.0)
-        dv_sums = tl.dot(p.to(g.dtype), g, dv_sums, input_precision=PRECISION)
-        ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - delta[None, :])
-        dk_sums = tl.dot(ds.to(x.dtype), x, dk_sums, input_precision=PRECISION)
+        dv_sums = dot(p.to(g.dtype), g, dv_sums, PRECISION)
+        ds = p * (dot(z, tl.trans(g), None, PRECISION) - delta[None, :])
+        dk_sums = dot(ds.to(x.dtype), x, dk_sums, PRECISION)
         x_block += BLOCK * DIM
         g_block += BLOCK * DIM
     target = sample * d_batch + head * d_head + rows * d_row + dims[None, :]
