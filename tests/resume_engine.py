@@ -118,7 +118,7 @@ class Trouble(Hook):
 
 
 def train_toy(interval=3, keep=2, die=None, full=None, processes=False, **values):
-    """Train with a checkpoint every so many iterations; returns the runner."""
+    """Train with a checkpoint every so many iterations; returns the runner, with what came out in `summary`."""
     from cmtaqr.engine.configure import run_config
     from cmtaqr.engine.parameters import TrainParameters
     from cmtaqr.engine.runner import build_runner, train
@@ -130,7 +130,7 @@ def train_toy(interval=3, keep=2, die=None, full=None, processes=False, **values
         cfg.launcher = "pytorch"
     Trouble.die, Trouble.full = die, full
     runner = build_runner(params, cfg)
-    train(runner)
+    runner.summary = train(runner)
     return runner
 
 
@@ -179,3 +179,4 @@ if __name__ == "__main__":
         result = train_toy(processes=several, **run)
         state = [*result.model.state_dict().values()]
         torch.save(state, Path(run["work_dir"], f"weights{os.environ.get('RANK', 0)}.pth"))
+        Path(run["work_dir"], f"summary{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result.summary))

@@ -13,6 +13,7 @@ from cmtaqr.engine.faults import QuarantineFull  # noqa: E402
 from cmtaqr.engine.parameters import TrainParameters  # noqa: E402
 from cmtaqr.engine.runner import build_runner  # noqa: E402
 from cmtaqr.engine.safe_files import checkpoints, newest_checkpoint  # noqa: E402
+from cmtaqr.engine.samples import PlacedSampler  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,6 +41,20 @@ def test_unreadable_samples(tmp_path):
     assert len(course(tmp_path / "some")) == 12 and all(samples in (4, 2) for *_, samples in course(tmp_path / "some"))
     with pytest.raises(QuarantineFull, match="2 samples cannot be read, at most 1 may be.*restore them and resume"):
         train_toy(**write_toy(tmp_path, "many", unreadable=[4, 5]) | dict(epochs=2))
+
+
+def test_two_processes_count_unreadable_samples_together(tmp_path):
+    """Each meets one: as many as one process may meet, and too many for the data."""
+    first = PlacedSampler(range(22), seed=0).order(0)[:2]
+    one = write_toy(tmp_path, "one", unreadable=first[1:]) | dict(max_iters=4, batch_size=11)
+    status, output = finish(start([one], 2))
+    assert status == [0, 0], output
+    summaries = [json.loads((tmp_path / "one" / f"summary{rank}.json").read_text()) for rank in range(2)]
+    assert [s["quarantined_samples"] for s in summaries] == [1, 1] and not (tmp_path / "one" / "faults.jsonl").is_file()
+    assert f"sample token{first[1]} cannot be read" in output[0], "the first process says what the other met"
+    assert [s["epochs"] for s in summaries] == [4.0, 4.0] and [epoch for *_, epoch, _ in course(tmp_path / "one")] == [1, 2, 3, 4]
+    status, output = finish(start([write_toy(tmp_path, "both", unreadable=first) | dict(max_iters=4)], 2))
+    assert status == [1, 1] and all("2 samples cannot be read, at most 1 may be" in text for text in output), output
 
 
 def test_counts_go_on_after_a_resume(tmp_path):

@@ -29,12 +29,13 @@ class FiniteGuard:
         steps (int): Updates that were due.
         skipped (int): Those that were skipped.
         updated (bool): Whether an update was due in the last iteration (with accumulation, not in every one).
+        news (bool): Set by whoever has something to tell the other processes; after an update, whether any process has.
         fault (dict | None): If it was skipped: `loss` (bool, not finite somewhere), `gradients` (parts of the model with a
             gradient that is not finite on this process).
     """
 
     steps = skipped = 0
-    updated, fault = False, None
+    updated, news, fault = False, False, None
     _finite, _model, _statistics, _good = None, None, (), ()
 
     def initialize_count_status(self, model, init_counts, max_counts):
@@ -71,9 +72,11 @@ class FiniteGuard:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)]) if gradients else torch.zeros(1)
         good = norms.new_tensor(True, dtype=torch.bool) if self._finite is None else self._finite.to(norms.device)
-        flags = torch.stack([good, torch.linalg.vector_norm(norms).isfinite()]).float()
+        quiet = norms.new_tensor(not self.news, dtype=torch.bool)
+        flags = torch.stack([good, torch.linalg.vector_norm(norms).isfinite(), quiet]).float()
         all_reduce(flags, "min")
-        loss_good, gradients_good = flags.bool().tolist()
+        loss_good, gradients_good, quiet = flags.bool().tolist()
+        self.news = not quiet
         self.steps, self.updated, self._finite = self.steps + 1, True, None
         if loss_good and gradients_good:
             super().step(**kwargs)
@@ -125,6 +128,10 @@ class FaultHook(Hook):
         in_a_row (int): Stop when so many steps in a row were skipped.
         quarantined (float): Stop when more than this share of the training samples cannot be read (at least one may be).
 
+    Attributes:
+        quarantine (dict): Samples that this process could not read: name to [count, reason].
+        unreadable (dict): Those of all processes: name to reason.
+
     Raises:
         FloatingPointError: Too many steps in a row had a loss or gradient that is not finite.
         QuarantineFull: Too many samples cannot be read.
@@ -134,7 +141,7 @@ class FaultHook(Hook):
 
     def __init__(self, in_a_row=20, quarantined=0.01):
         self.in_a_row, self.share = in_a_row, quarantined
-        self.row, self.quarantine, self._names = 0, {}, []
+        self.row, self.quarantine, self.unreadable, self._names = 0, {}, {}, []
 
     def state_dict(self):
         """Steps skipped in a row up to now, and quarantined samples: name to count and reason."""
@@ -145,7 +152,7 @@ class FaultHook(Hook):
         self.row, self.quarantine = state["row"], dict(state["quarantine"])
 
     def before_train(self, runner):
-        """Begin the list of events, or cut it where the run is resumed."""
+        """Begin the list of events, or cut it where the run is resumed; hear from the other processes."""
         rank = get_rank()
         self.file = Path(runner.work_dir, f"faults_rank{rank}.jsonl" if rank else "faults.jsonl")
         self._limit = max(1, int(self.share * len(runner.train_dataloader.dataset)))
@@ -154,6 +161,14 @@ class FaultHook(Hook):
         kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["iter"] <= runner.iter]
         if kept:
             write_whole(self.file, ["".join(kept).encode()])
+        self._tell()
+
+    def _tell(self):
+        """Learn what all processes could not read; called on each of them."""
+        own = {name: reason for name, (_, reason) in self.quarantine.items()}
+        found = {name: reason for process in all_gather_object(own) for name, reason in process.items()}
+        new, self.unreadable = found.keys() - self.unreadable.keys() - own.keys(), found
+        return sorted(new)
 
     def _write(self, event):
         with contextlib.suppress(OSError), open(self.file, "a") as stream:  # a full disk; the log has the event too
@@ -167,12 +182,21 @@ class FaultHook(Hook):
             self.quarantine[fault["name"]] = [count + 1, fault["reason"]]
             self._write(dict(kind="sample", iter=runner.iter + 1, **fault))
             if not count:
-                runner.logger.warning(f"sample {fault['name']} cannot be read, another one is taken: {fault['reason']} "
-                                      f"({len(self.quarantine)} so far, at most {self._limit})")
-        if faults and len(self.quarantine) > self._limit:
-            first = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(self.quarantine.items())[:5])
-            raise QuarantineFull(f"{len(self.quarantine)} samples cannot be read, at most {self._limit} may be. All are listed "
-                                 f"in {self.file}; restore them and resume. The first: {first}")
+                self.unreadable[fault["name"]] = fault["reason"]
+                self._warn(runner, fault["name"])
+                runner.optim_wrapper.news = True
+        if faults:
+            self._stop_if_full()
+
+    def _warn(self, runner, name):
+        runner.logger.warning(f"sample {name} cannot be read, another one is taken: {self.unreadable[name]} "
+                              f"({len(self.unreadable)} so far, at most {self._limit})")
+
+    def _stop_if_full(self):
+        if len(self.unreadable) > self._limit:
+            first = "; ".join(f"{name}: {reason}" for name, reason in list(self.unreadable.items())[:5])
+            raise QuarantineFull(f"{len(self.unreadable)} samples cannot be read, at most {self._limit} may be. All are listed in "
+                                 f"{self.file.with_name('faults*.jsonl')}; restore them and resume. The first: {first}")
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Report a skipped step; stop after too many."""
@@ -181,6 +205,11 @@ class FaultHook(Hook):
         if not getattr(wrapper, "updated", False):
             return
         names, self._names = self._names, []
+        if wrapper.news:
+            wrapper.news = False
+            for name in self._tell():
+                self._warn(runner, name)
+            self._stop_if_full()
         if wrapper.fault is None:
             self.row = 0
             return

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.dist import is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -29,6 +30,7 @@ from .configure import stretched
 from .faults import FaultHook, FiniteGuard, GuardedWrapper
 from .frozen import freeze_modules
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
+from .parameters import known_types
 from .record import peak_memory, run_record, write_json
 from .recompute import recompute
 from .safe_files import verify
@@ -42,6 +44,8 @@ _runs = itertools.count()
 
 class FileLogRunner(Runner):
     """mmengine's runner with the log in a file (the terminal sees warnings only), a chosen device, and safe checkpoints."""
+
+    resumption = None  # the record of a resumed run, to be written when its checkpoint has been accepted
 
     def build_logger(self, *args, **kwargs):
         """Log everything to the file, warnings to the terminal too, but not mmengine's about its own internals."""
@@ -99,7 +103,15 @@ class FileLogRunner(Runner):
             raise ResumeError(f"{filename}: {error}") from None
         model.load_state_dict(state)
         self._has_loaded = True
+        self.dump_config()
+        if self.resumption and is_main_process():
+            write_json(Path(self.work_dir, "run.json"), self.resumption)
         return content
+
+    def dump_config(self):
+        """Write the config into the work folder; that of a resumed run when its checkpoint has been accepted, not before."""
+        if not self._resume or self._has_loaded:
+            super().dump_config()
 
     def train(self):
         """Train; see `Runner`. Errors of memory and of lost processes are raised with their cause."""
@@ -186,7 +198,7 @@ def safe_settings(cfg):
 
 # %% ../../nbs/52_runner.ipynb #0911ab07
 def build_runner(params, cfg):
-    """Write `run.json` and build the runner.
+    """Write `run.json` and build the runner; a resumed run writes it when its checkpoint has been accepted.
 
     Args:
         params: The run's parameters.
@@ -197,11 +209,12 @@ def build_runner(params, cfg):
 
     Raises:
         CheckpointMismatch, BrokenCheckpoint: The weights to evaluate are not this model's, or not whole.
+        ParameterError: The config names a type that is not registered.
     """
     file, record = Path(cfg.work_dir, "run.json"), run_record(params)
     if cfg.resume and file.is_file():
         record["resumed"] = json.loads(file.read_text())
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not cfg.resume:
         write_json(file, record)
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -212,9 +225,12 @@ def build_runner(params, cfg):
     cfg = copy.deepcopy(cfg)
     cfg.experiment_name = f"{Path(cfg.filename).stem}_{os.getpid()}_{next(_runs)}"  # mmengine keeps one logger per name
     import_modules_from_strings(**cfg.get("custom_imports", dict(imports=[])))
-    runner = FileLogRunner.from_cfg(safe_settings(cfg) if cfg.get("train_cfg") else cfg)
-    if cfg.get("train_cfg"):
-        runner.param_schedulers = stretched(cfg.get("param_scheduler"), cfg.schedule_length, runner.train_loop.max_iters)
+    with known_types(cfg.filename):
+        runner = FileLogRunner.from_cfg(safe_settings(cfg) if cfg.get("train_cfg") else cfg)
+        iterations = runner.train_loop.max_iters if cfg.get("train_cfg") else None
+    runner.resumption = record if cfg.resume else None
+    if iterations is not None:
+        runner.param_schedulers = stretched(cfg.get("param_scheduler"), cfg.schedule_length, iterations)
     elif params.untrained:
         runner._init_model_weights()  # mmengine's, which gives all processes the same; it calls it in training alone
     else:
@@ -270,7 +286,7 @@ def train(runner):
     Returns:
         Dictionary: `iterations`, `epochs`, `samples`, `seconds` and `samples_per_second` (of this call), `loss_first` and
         `loss_last` (loss terms, mean over the first and last tenth of the recorded iterations), `bias_scale`,
-        `skipped_steps` and `quarantined_samples` (numbers), `peak_memory_mib` and the last `checkpoint`.
+        `skipped_steps` and `quarantined_samples` (numbers, of all processes), `peak_memory_mib` and the last `checkpoint`.
     """
     begun = time.perf_counter()
     runner.train()
@@ -278,7 +294,7 @@ def train(runner):
     records = read_history(runner.work_dir)["records"]
     began_at = next(hook.began_at for hook in runner.hooks if isinstance(hook, HistoryHook))
     saved = [hook.last_ckpt for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
-    unread = [len(hook.quarantine) for hook in runner.hooks if isinstance(hook, FaultHook)]
+    unread = [len(hook.unreadable) for hook in runner.hooks if isinstance(hook, FaultHook)]
     tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
     return dict(iterations=runner.iter, epochs=round(runner.iter / len(runner.train_dataloader), 2), samples=samples,
                 seconds=round(seconds, 2), samples_per_second=round(samples / seconds, 3),

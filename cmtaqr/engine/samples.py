@@ -43,7 +43,7 @@ class PlacedSampler(Sampler):
         self.epoch = self.start = 0
 
     def __len__(self):
-        return len(self.dataset) if self.endless else -(-len(self.dataset) // self.world_size)
+        return -(-len(self.dataset) // self.world_size)
 
     def set_epoch(self, epoch):
         """Set the epoch of the next iterator."""
