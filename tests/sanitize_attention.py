@@ -2,6 +2,8 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize_attention.py
 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_attention.py
+
+tests/test_sanitizer.py runs both.
 """
 import os
 import sys
@@ -64,4 +66,8 @@ if __name__ == "__main__":
         for layout in (LIDAR, CAMERA):
             check(border_windows(layout, [4, 3]), "uniform", dim, dtype)
         check(small(40, 2), "router", dim, dtype)
+    check(small(40, 2), "router", 64, torch.bfloat16)  # as the detector has it
+    for layout in (LIDAR, CAMERA):
+        check(border_windows(layout, [4, 3]), "router", 64, torch.bfloat16)
     torch.cuda.synchronize()
+    print("all cases are right", flush=True)
