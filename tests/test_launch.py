@@ -37,6 +37,12 @@ class Killed(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 @HOOKS.register_module(force=True)
+class Deaf(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(0.2)
+
+@HOOKS.register_module(force=True)
 class Slow(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         time.sleep(0.2)
@@ -51,7 +57,7 @@ def toy(tmp_path):
     (tmp_path / "extra_hooks.py").write_text(HOOKS)
     text = toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_")
     (tmp_path / "toy.py").write_text(text)
-    for name in ("Crash", "Killed", "Slow"):
+    for name in ("Crash", "Deaf", "Killed", "Slow"):
         hooks = f'custom_hooks = [dict(type="HistoryHook"), dict(type="{name}")]\n'
         imports = 'custom_imports = dict(imports=["cmtaqr.engine", "toy_engine", "extra_hooks"], allow_failed_imports=False)\n'
         (tmp_path / f"{name.lower()}.py").write_text(text + imports + hooks)
@@ -87,6 +93,17 @@ def command(folder, config, work_dir, *words):
 
 def run(*arguments):
     return subprocess.run(**command(*arguments), capture_output=True)
+
+
+def running(word):
+    """Processes whose command line has a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [path.parent.name] if word.encode() in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
 
 
 def weights(checkpoint):
@@ -133,8 +150,7 @@ def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "resume=true" in said
-    left = subprocess.run(["pgrep", "-f", str(toy / "slow" / "job.json")], capture_output=True, text=True).stdout.split()
-    assert left == []
+    assert running(str(toy / "slow" / "job.json")) == []
     again = run(toy, "slow", toy / "slow", *words, "resume=true")
     assert again.returncode == 0, again.stderr
     whole = run(toy, "slow", toy / "whole", *words)
@@ -143,6 +159,40 @@ def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
     assert all(torch.equal(one[name], two[name]) for name in one)
     losses = [[r["loss"] for r in read_history(toy / name)["records"]] for name in ("slow", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 16
+
+
+IMPATIENT = """
+import functools, sys
+from cmtaqr.engine import train, worker
+worker.launch = functools.partial(worker.launch, patience=2)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+@pytest.mark.parametrize("end", ["interrupt", "killed launcher", "killed agent"])
+def test_no_process_is_left_though_none_hears_sigterm(toy, end):
+    call = command(toy, "deaf", toy / "deaf", "max_iters=4000", "num_workers=1", "--nproc", "2")
+    call["args"][1:3] = ["-c", IMPATIENT]
+    job = str(toy / "deaf" / "job.json")
+    process = subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.time() + 90
+    while not (toy / "deaf" / "status.json").is_file() and time.time() < deadline:
+        time.sleep(0.2)
+    agent, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(running(job)) >= 3
+    target, signalled = {"interrupt": (process.pid, signal.SIGINT), "killed launcher": (process.pid, signal.SIGKILL),
+                         "killed agent": (int(agent), signal.SIGKILL)}[end]
+    os.kill(target, signalled)
+    _, said = process.communicate(timeout=40)
+    if end == "interrupt":
+        assert process.returncode == 130 and "resume=true" in said
+    if end == "killed agent":
+        assert process.returncode == 1 and "the agent, which watches the processes of the run, was killed by SIGKILL" in said
+    deadline = time.time() + 40
+    while running(job) and time.time() < deadline:
+        time.sleep(0.2)
+    assert running(job) == []
 
 
 def test_refusals(toy, capsys):

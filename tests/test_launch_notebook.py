@@ -12,7 +12,7 @@ pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[det
 pytest.importorskip("papermill", reason='needs the extra: pip install "cmtaqr[dev]"')
 
 import torch  # noqa: E402
-from test_launch import ROOT, submission, toy, world  # noqa: E402, F401
+from test_launch import ROOT, running, submission, toy, world  # noqa: E402, F401
 
 
 def papermill(notebook, out, *words, **parameters):
@@ -38,17 +38,6 @@ def outputs(folder):
 
 def printed(folder):
     return "".join("".join(o["text"]) for o in outputs(folder) if o["output_type"] == "stream")
-
-
-def running(word):
-    """Processes whose command line has a word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [path.parent.name] if word.encode() in path.read_bytes() else []
-        except OSError:
-            continue
-    return found
 
 
 def test_two_processes_and_their_figures(toy):  # noqa: F811

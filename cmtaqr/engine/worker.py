@@ -17,7 +17,7 @@ from mmengine.dist import is_main_process
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import run_config
-from .launch import check_processes, launch, sbatch_file
+from .launch import check_processes, end_with_agent, launch, sbatch_file
 from .parameters import EvalParameters, TrainParameters
 from .record import peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
@@ -169,6 +169,7 @@ def write_sbatch(kind, params, cfg):
 @record
 def main(arguments=None):
     """Entry of `python -m cmtaqr.engine.worker JOB.json` under torchrun."""
+    end_with_agent()
     path, = sys.argv[1:] if arguments is None else arguments
     work(path)
 
