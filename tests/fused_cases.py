@@ -280,12 +280,32 @@ def check_empty_sizes(device="cpu"):
 
 
 def check_plan(device="cpu"):
-    """A plan made before gives the bits of the one made on the way."""
+    """A plan made before gives the bits of the one made on the way, compiled too; one of other windows is refused."""
     windows = small(20, 1, TINY, device=device)
     *inputs, grad = random_inputs(windows, heads=1)
     bias = LocalBias(windows, inputs[3].requires_grad_())
     inputs = [t.requires_grad_() for t in inputs]
-    assert same_bits(computed(inputs, grad, bias), computed(inputs, grad, replace(bias, plan=fused.plan_bias(bias))))
+    before, expected = replace(bias, plan=fused.plan_bias(bias)), computed(inputs, grad, bias)
+
+    def attend(q, k, v, bias):
+        return biased_attention(q, k, v, bias, backend="triton")
+
+    def plan_and_attend(q, k, v, bias):
+        return attend(q, k, v, replace(bias, plan=fused.plan_bias(bias)))
+
+    for function in (attend, plan_and_attend):
+        for way in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            assert same_bits(computed(inputs, grad, before, way), expected)
+    few = small(3, 1, TINY, device=device)
+    others = replace(windows, cells=windows.cells.clone()), replace(windows, seen=~windows.seen), windows.resized([9, 9])
+    plans = before.plan[:3], fused.plan_bias(LocalBias(few, inputs[3][:, :3]))
+    for bad in (*(replace(before, windows=other) for other in others), *(replace(bias, plan=plan) for plan in plans)):
+        try:
+            computed(inputs, grad, bad)
+        except ValueError as error:
+            assert "made for other windows" in str(error), error
+        else:
+            raise AssertionError("a plan of other windows was taken")
 
 
 def check_current_device(device="cpu"):

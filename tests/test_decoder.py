@@ -1,5 +1,6 @@
 """The decoder against numbers and names of the released detector."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ def test_bias_of_another_size_is_named(released, tokens, golden):
     bias = some_bias(2, 60, 1.0, TokenLayout((8, 8), (6, 4, 10)))
     with pytest.raises(ValueError, match=r"\(2, 60, 304\).*\(2, 60, 496\)"):
         released(*tokens, golden["mid/query_embed"], bias=bias)
+
+
+def test_a_plan_goes_with_its_windows_into_a_recording():
+    """The copies that a recorded CUDA graph reads from are the windows of the copied plan, as the originals were."""
+    pytest.importorskip("triton")
+    from cmtaqr.attention.plan import Plan
+    from cmtaqr.detector.inference import _leaves, _rebuilt, _twins
+    bias = some_bias(2, 9, 1.0, TokenLayout((4, 4), (1, 2, 3)))
+    cells, seen = bias.windows.cells, bias.windows.seen
+    bias = replace(bias, plan=Plan(*torch.zeros(3, 2), cells, seen, (1, 2)))
+    tensors = [x for x in _leaves(bias) if isinstance(x, torch.Tensor)]
+    twins = _twins(tensors)
+    places = {i: tensors[i].clone() for i in set(twins)}
+    copied = _rebuilt(bias, (places[i] for i in twins))
+    assert copied.plan.fits(copied.windows, (1, 2)) and not copied.plan.fits(bias.windows, (1, 2))
 
 
 def test_gradients_of_a_training_step_are_finite():
