@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY = PASSIVE
 ITERS ?= 500
 SEED ?= 0
 
-.PHONY: help setup demo test test-notebooks test-python test-gpu export figures lab wheel clean
+.PHONY: help setup demo test test-notebooks test-python test-gpu measure export figures lab wheel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,6 +22,7 @@ setup: ## create .venv and install everything (resumable; reruns skip what is do
 	@$(PYTHON) .ci/install.py
 
 demo: setup ## synthetic world, train AQR, evaluate with the nuScenes metric, print the table, write the figures
+	@if [ -d $(DEMO)/train ]; then echo "removing the training of an earlier demo, $(DEMO)/train"; rm -rf $(DEMO)/train; fi
 	@mkdir -p $(DEMO)/untrained $(DEMO)/train $(DEMO)/eval
 	@echo "[1/5] synthetic world -> $(WORLD)"
 	@$(BIN)/python -m cmtaqr.data.world $(WORLD) --keyframes 40 --sweeps 0 --image-size 400 225 --radius 25 --lidar-range 40 --annotation-range 30 --seed 0
@@ -47,6 +48,21 @@ test-python: setup ## only pytest
 
 test-gpu: setup ## only the tests that need a GPU
 	@$(BIN)/python -m pytest -q -rs -m gpu
+
+# `make measure RESULTS=outputs/measured NPROC="1 2 4 8"` leaves the committed files alone.
+RESULTS ?= nbs/results
+NPROC ?= 1 2 4
+
+measure: setup ## measure anew, on this machine's GPUs, the times and memory in nbs/results
+	@mkdir -p $(RESULTS)
+	@$(BIN)/python -m cmtaqr.attention.benchmark --out $(RESULTS)/attention.json
+	@$(BIN)/python -m cmtaqr.attention.window_benchmark --json $(RESULTS)/window.json
+	@$(BIN)/python -m cmtaqr.windows_benchmark --json $(RESULTS)/windows.json
+	@$(BIN)/python -m cmtaqr.engine.speed --out $(RESULTS)/speed.json
+	@$(BIN)/python -m cmtaqr.engine.overhead --out $(RESULTS)/instruments.json
+	@$(BIN)/python -m cmtaqr.engine.train_speed --json $(RESULTS)/training.json
+	@$(BIN)/python -m cmtaqr.engine.scaling --nproc $(NPROC) --json $(RESULTS)/scaling.json
+	@$(BIN)/python -m cmtaqr.engine.loading --training $(RESULTS)/training.json --json $(RESULTS)/loading.json
 
 export: setup ## notebooks -> package, cleaned notebooks, README
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python .ci/check.py --write-readme
