@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,8 +14,12 @@ import torch
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
 from cmtaqr.engine import state  # noqa: E402
+from cmtaqr.engine.configure import run_config  # noqa: E402
+from cmtaqr.engine.folder import entered, release  # noqa: E402
+from cmtaqr.engine.parameters import ParameterError, TrainParameters  # noqa: E402
 from cmtaqr.engine.safe_files import BrokenCheckpoint, checkpoints, newest_checkpoint, verify  # noqa: E402
 from cmtaqr.engine.state import ResumeError  # noqa: E402
+from cmtaqr.engine.worker import run_launched  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +92,47 @@ def test_loading_processes_do_not_change_the_numbers(tmp_path):
         assert_equal_runs(run, runs[0])
 
 
+# The folder of another run
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    values = write_toy(tmp_path) | dict(max_iters=6)
+    train_toy(**values)
+    before = {file: file.read_bytes() for file in (tmp_path / "toy").rglob("*") if file.is_file()}
+    with pytest.raises(ParameterError, match="toy holds iter_6.pth of an earlier run, .*resume=True.*another work_dir, or remove"):
+        train_toy(**values | dict(max_iters=40, seed=3))
+    params = TrainParameters.check(values | dict(nproc=2, seed=3))
+    (tmp_path / "toy" / "result.json").write_text("{}")
+    with pytest.raises(ParameterError, match="iter_6.pth of an earlier run"):
+        run_launched("train", params, run_config(params))
+    assert (tmp_path / "toy" / "result.json").read_text() == "{}" and not (tmp_path / "toy" / "job.json").exists()
+    assert all(file.read_bytes() == content for file, content in before.items() if file.name != ".lock")
+    shutil.rmtree(tmp_path / "toy")
+    assert train_toy(**values).iter == 6
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_runs_at_once_in_one_folder(tmp_path, processes):
+    """The second is refused and changes nothing; a killed one lets go at once."""
+    values = write_toy(tmp_path) | dict(max_iters=400)
+    first = start([values], processes)
+    while not checkpoints(tmp_path / "toy") and first[0].poll() is None:
+        time.sleep(0.02)
+    for file in checkpoints(tmp_path / "toy") if processes == 1 else ():
+        file.unlink()  # also where nothing is saved yet
+    with pytest.raises(ParameterError, match=f"a run is at work in .*toy .process {first[0].pid}.: wait for it, end it, or"):
+        train_toy(**values | dict(resume=processes == 2))
+    params = TrainParameters.check(values | dict(nproc=2, resume=processes == 2))
+    with pytest.raises(ParameterError, match="a run is at work in .*toy"):
+        run_launched("train", params, run_config(params))
+    assert not (tmp_path / "toy" / "job.json").exists()
+    for process in first:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with entered(tmp_path / "toy", resume=True):
+        release(tmp_path / "toy")
+
+
 # Bad input
 
 
@@ -120,14 +166,23 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
         return train_toy(**values | dict(resume=True) | changes)
 
     for changes, message in ((dict(batch_size=2), "batch size was 4, is 2"), (dict(seed=5), "seed was 0, is 5"),
-                             (dict(max_iters=None, epochs=2), "runs by was iterations, is epochs")):
+                             (dict(max_iters=None, epochs=2), "runs by was iterations, is epochs"),
+                             (dict(lr=5.0), "optim_wrapper.optimizer.lr was 0.01, is 5.0"),
+                             (dict(precision="bf16"), "precision was fp32, is bf16"),
+                             (dict(max_iters=8), "train_cfg.max_iters was 6, is 8.* or start a new run from its weights")):
         with pytest.raises(ResumeError, match=f"iter_6.pth: .*{message}"):
             resumed(**changes)
+        for name in ("run.json", "toy.py"):
+            assert (run / name).read_text() == (tmp_path / "kept" / name).read_text(), "the record is that of the run which was"
     monkeypatch.setattr(state, "versions", lambda: dict(torch="9.9", papermill="1"))
     with pytest.raises(ResumeError, match=r"torch was .*, is 9.9.*exact_resume = False"):
         resumed()
     Path(values["config"]).write_text(Path(values["config"]).read_text() + "exact_resume = False\n")
-    assert resumed(max_iters=8).iter == 8
+    assert resumed(checkpoint=str(run / "iter_3.pth")).iter == 6
+    monkeypatch.undo()
+    monkeypatch.setenv("CMTAQR_COMMIT", "another")
+    resumed()
+    assert re.search("resumed with something else: commit was .*, is another", "".join(p.read_text() for p in run.rglob("*.log")))
     monkeypatch.undo()
 
     newest = tmp_path / "kept" / "iter_6.pth"
@@ -137,11 +192,19 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
     with pytest.raises(BrokenCheckpoint, match="iter_6.pth is broken"):
         verify(newest)
     with pytest.raises(BrokenCheckpoint, match="iter_6.pth is broken: it is cut off"):
-        resumed(resume=False, checkpoint=str(newest))
+        resumed(resume=False, checkpoint=str(newest), work_dir=str(tmp_path / "new"))
     (tmp_path / "kept" / "iter_3.pth").write_text("no checkpoint")
     message = "no checkpoint in .* is intact: .*iter_3.pth: torch.save did not write it; .*iter_6.pth: it is cut off"
     with pytest.raises(BrokenCheckpoint, match=message):
         resumed()
+
+
+def test_a_run_at_a_constant_rate_may_go_on_for_longer(tmp_path):
+    values = write_toy(tmp_path)
+    Path(values["config"]).write_text(Path(values["config"]).read_text() + "param_scheduler = []\n")
+    whole = train_toy(**values | dict(max_iters=9, work_dir=str(tmp_path / "whole")))
+    train_toy(**values, max_iters=6)
+    assert_equal_runs(train_toy(**values, max_iters=9, resume=True), whole)
 
 
 @pytest.mark.gpu

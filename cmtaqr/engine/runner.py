@@ -28,6 +28,7 @@ from mmengine.utils import import_modules_from_strings
 from .causes import explained
 from .configure import stretched
 from .faults import FaultHook, FiniteGuard, GuardedWrapper
+from .folder import entered, release
 from .frozen import freeze_modules
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .parameters import known_types
@@ -115,8 +116,11 @@ class FileLogRunner(Runner):
 
     def train(self):
         """Train; see `Runner`. Errors of memory and of lost processes are raised with their cause."""
-        with explained(self):
-            return super().train()
+        try:
+            with explained(self):
+                return super().train()
+        finally:
+            release(self.work_dir)
 
 # %% ../../nbs/52_runner.ipynb #0c0ed9f1
 class _UnscaledStep(AmpOptimWrapper):
@@ -208,9 +212,16 @@ def build_runner(params, cfg):
         `FileLogRunner`, ready for `train`, with the schedule stretched over its iterations, or for `test`, with its weights.
 
     Raises:
+        ParameterError: Another run is at work in the folder of this training, or has left checkpoints there that it does not resume.
         CheckpointMismatch, BrokenCheckpoint: The weights to evaluate are not this model's, or not whole.
         ParameterError: The config names a type that is not registered.
     """
+    training = bool(cfg.get("train_cfg"))
+    with entered(cfg.work_dir, cfg.resume) if training else contextlib.nullcontext():
+        return _built(params, cfg)
+
+
+def _built(params, cfg):
     file, record = Path(cfg.work_dir, "run.json"), run_record(params)
     if cfg.resume and file.is_file():
         record["resumed"] = json.loads(file.read_text())

@@ -25,6 +25,7 @@ from .parameters import ParameterError, TrainParameters, package_root
 from .progress import Progress
 from .record import run_record, write_json
 from .runner import build_runner, train
+from .safe_files import checkpoints
 
 # %% ../../nbs/53c_saturation.ipynb #487f4915
 def window_state(layers):
@@ -149,6 +150,8 @@ def saturation_run(scale, bounded, params, folder):
         known = json.loads(file.read_text())
         if known["run"]["parameters"] == asked.asdict() and known["bounded"] == bounded:
             return known
+    for left in checkpoints(folder):  # of a run that was not done, or of another
+        left.unlink()
     logging.disable(logging.INFO)
     runner = build_runner(params, run_config(params))
     logging.disable(logging.NOTSET)

@@ -17,6 +17,7 @@ from mmengine.dist import is_main_process
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import run_config
+from .folder import entered, release
 from .launch import check_processes, end_with_agent, launch, sbatch_file
 from .parameters import EvalParameters, TrainParameters
 from .record import peak_memory, write_json
@@ -134,14 +135,16 @@ def run_launched(kind, params, cfg, mode="auto"):
         The run's `result.json` as a dictionary.
 
     Raises:
-        ParameterError: See `check_processes`.
+        ParameterError: See `check_processes` and `entered`.
         RuntimeError: A process failed, see `launch`.
     """
     check_processes(params.nproc, torch.device(cfg.device).type, params.port)
     result = Path(cfg.work_dir, "result.json")
-    result.unlink(missing_ok=True)
-    job = write_job(kind, params, cfg.work_dir)
-    launch("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.port, mode)
+    with entered(cfg.work_dir, cfg.resume or kind == "eval", launcher=True):
+        result.unlink(missing_ok=True)
+        job = write_job(kind, params, cfg.work_dir)
+        launch("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.port, mode)
+    release(cfg.work_dir)
     return json.loads(result.read_text())
 
 
