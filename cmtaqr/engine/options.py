@@ -89,7 +89,7 @@ class Parameters:
                 raise ParameterError(f"unknown parameter {name!r}{nearest(name, list(known))}")
             if not _accepts(value, hints[name]):
                 example = known[name].metadata["example"]
-                how = f"; give it with papermill -y '{name}: {example}'" if example else ""
+                how = f"; give it with papermill -y '{name}: {example}', or in a shell as '{name}={example}'" if example else ""
                 raise ParameterError(f"{name}={value!r} is a {type(value).__name__}, expected {_spell(hints[name])}{how}")
             _check_value(name, value, known[name].metadata)
         params = cls(**values)

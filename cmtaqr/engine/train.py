@@ -83,7 +83,10 @@ def run_command(kind, arguments=None):
     options = command_parser(kind).parse_intermixed_args(arguments)
     launching = [f"{name}={getattr(options, name)}" for name in LAUNCHING if getattr(options, name) is not None]
     try:
-        params = KINDS[kind].check(dict(assignments(options.parameters + launching), config=options.config))
+        given = assignments(options.parameters + launching)
+        if "config" in given:
+            raise ParameterError(f"config is given twice: {options.config!r} and config={given['config']!r}; the first word alone says it")
+        params = KINDS[kind].check(dict(given, config=options.config))
         cfg = run_config(params)
         if params.launcher == "slurm":
             path = write_sbatch(kind, params, cfg)
