@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from cmtaqr.engine.hooks import read_history  # noqa: E402
 from cmtaqr.engine.parameters import (EvalParameters, ParameterError, TrainParameters, check_run_notebook,  # noqa: E402
                                       config_names)
 from cmtaqr.engine.runner import build_runner, train  # noqa: E402
+from cmtaqr.engine.train import main as train_main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {"train": TrainParameters, "eval": EvalParameters}
@@ -161,6 +163,38 @@ def test_resumed_run_equals_uninterrupted_run(toy, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_command_with_resume_behind_it_goes_on_with_its_own_run(toy, tmp_path):
+    words = [toy["config"], *(f"{name}={value}" for name, value in toy.items() if name not in ("config", "work_dir"))]
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    assert train_main([*words, f"work_dir={first}"]) == 0
+    words += [f"work_dir={tuned}", f"checkpoint={first}"]
+    assert train_main(words) == 0
+    (tuned / "iter_6.pth").unlink()
+    weights = torch.load(next(tuned.glob("*.pth")), weights_only=False)["state_dict"]["line.weight"]
+    params = TrainParameters.check(dict(toy, work_dir=str(tuned), checkpoint=str(first), resume=True))
+    loaded = run_config(params).load_from
+    assert Path(loaded).parent == tuned and torch.equal(torch.load(loaded, weights_only=False)["state_dict"]["line.weight"], weights)
+    assert train_main([*words, "resume=true"]) == 0
+    assert json.loads((tuned / "run.json").read_text())["resumed"]["parameters"]["checkpoint"] == str(first)
+    assert [r["iter"] for r in read_history(tuned)["records"]] == list(range(1, 7))
+
+
+def test_a_resume_that_could_mean_two_runs_is_refused(toy, tmp_path, capsys):
+    run(toy, work_dir=str(tmp_path / "other"))
+    run(toy)
+    with pytest.raises(ParameterError, match="run holds iter_6.pth, and checkpoint=.*other' is none of its run: leave checkpoint out"):
+        run(toy, resume=True, checkpoint=str(tmp_path / "other"))
+    moved = dict(toy, resume=True, checkpoint=str(tmp_path / "other" / "iter_6.pth"), work_dir=str(tmp_path / "moved"))
+    assert run_config(TrainParameters.check(moved)).load_from == moved["checkpoint"], "a new folder"
+
+
+def test_another_model_is_not_resumed(toy, tmp_path):
+    run(toy)
+    with pytest.raises(ValueError, match="model.aqr.bias.max_scale was None, is 9.0. Resume with the settings"):
+        run(toy, resume=True, max_scale=9.0)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]["max_scale"] is None
+
+
 def test_same_seed_same_run(toy, tmp_path):
     losses = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -191,6 +225,40 @@ def test_missing_things_name_the_remedy(toy, tmp_path):
         with pytest.raises(error, match=message):
             run(toy, **changes)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("text, says", [
+    ("x = dict(a=1\ny = 2", r"toy.py, line \d+: '\(' was never closed"),
+    ("x = nothing", r"toy.py, line \d+: NameError: name 'nothing' is not defined"),
+    ("model.update(\n    type='ToyDetectr')", r"toy.py, line \d+: type 'ToyDetectr' is not registered \(mmengine::model\)"),
+    ("train_dataloader['dataset'].update(type='ToyPoint')", r"toy.py, line \d+: type 'ToyPoint' is not registered \(mmengine::dataset\)"),
+])
+def test_a_config_that_cannot_be_read_or_built_is_one_line(toy, capsys, text, says):
+    config = Path(toy["config"])
+    lines = len(config.read_text().splitlines())
+    config.write_text(config.read_text() + text + "\n")
+    assert train_main([toy["config"], *(f"{n}={v}" for n, v in toy.items() if n != "config")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, said) and lines < int(re.search(r"line (\d+)", said)[1]) <= lines + 2 and "Traceback" not in said
+
+
+def test_a_command_line_says_what_a_shell_can_do(toy, capsys):
+    for words, message in [(["config=other.py"], "config is given twice: .*toy.py' and config='other.py'"),
+                           (["compile=image"], r"in a shell as 'compile=\[image, decoder\]'"),
+                           (["device=cuda:3", "nproc=2"], "device='cuda:3' is one GPU, .* CUDA_VISIBLE_DEVICES")]:
+        assert train_main([toy["config"], f"data_root={toy['data_root']}", *words]) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [["precision=fp16"], ["device=cuda"], ["device=cuda", "precision=bf16"]])
+def test_a_batch_file_is_written_where_there_is_no_gpu(toy, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    toy = [toy["config"], *(f"{name}={toy[name]}" for name in ("data_root", "work_dir"))]
+    assert train_main([*toy, *words, "--launcher", "slurm", "--nproc", "8"]) == 0 and (tmp_path / "run" / "run.sbatch").is_file()
+    assert train_main([*toy, *words[:1]]) == 1, "run here, it is refused"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ParameterError, match="sees 0 GPU|needs a GPU"):  # as on a node that has none
+        run_config(TrainParameters.check(json.loads((tmp_path / "run" / "job.json").read_text())["parameters"]))
 
 
 def test_bf16_on_a_cpu(toy, tmp_path):

@@ -367,8 +367,9 @@ def test_evaluation_mode_survives_the_epochs(toy):
 
 
 def test_resume_goes_on_with_the_same_choice(toy):
-    run(toy)
-    runner, moved = run(toy, resume=True, max_iters=8)
+    toy["max_iters"] = 8
+    run(toy, lambda runner: setattr(runner.train_loop, "_max_iters", 4))  # as if it had been stopped
+    runner, moved = run(toy, resume=True)
     assert runner.iter == 8 and {"line.weight", "line.bias"} <= moved
     assert all(state["step"] == 8 for state in runner.optim_wrapper.optimizer.state.values())
 
@@ -377,7 +378,7 @@ def test_resume_goes_on_with_the_same_choice(toy):
 def test_resume_with_another_choice_is_refused(toy, first, then):
     run(toy, freeze=first)
     with pytest.raises(RuntimeError) as error:
-        run(toy, freeze=then, resume=True, max_iters=8)
+        run(toy, freeze=then, resume=True)
     words = ("encoder", "nothing") if first else ("nothing", "encoder")
     text = str(error.value)
     assert f"checkpoint's run froze {words[0]}, this one freezes {words[1]}" in text

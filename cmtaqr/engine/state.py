@@ -17,7 +17,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from torch.nn.modules.batchnorm import _NormBase
 
-from .record import versions
+from .record import flat, git_commit, versions
 from .safe_files import NotWritten, checkpoints, remove_parts, write_whole
 
 # %% ../../nbs/51d_state.ipynb #4bbe6785
@@ -49,6 +49,11 @@ def set_random_state(state):
 _DECIDING = ("python", "torch", "cuda", "numpy", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "cmtaqr")
 
 
+_SETTINGS = "precision", "train_cfg", "param_scheduler", "optim_wrapper", "model"
+# These follow from the device, are compared apart, matter only at the beginning, or save memory and leave the numbers as they are.
+_APART = "device", "fused", "non_blocking", "accumulative_counts", "init_cfg", "with_cp"
+
+
 class ResumeError(ValueError):
     """A run cannot go on exactly from a checkpoint."""
 
@@ -71,15 +76,28 @@ def _division(runner):
             "accumulated steps": getattr(wrapper, "_accumulative_counts", 1)}
 
 
+def _settings(runner):
+    """What the config of a run says of its length, schedule, optimiser and model, leaf by leaf."""
+    parts = {name: runner.cfg.get(name) for name in _SETTINGS}
+    if not parts["param_scheduler"]:
+        del parts["train_cfg"]  # at a constant rate a run may go on for longer
+    return {k: str(v) for k, v in flat(parts).items() if not set(_APART) & set(k.split("."))}
+
+
 def _programs(runner):
-    """What decides the numbers besides the division: versions, device, seed."""
-    device = next(runner.model.parameters()).device
+    """What decides the numbers besides division and settings: versions, device, kernels, seed."""
+    device, cfg = next(runner.model.parameters()).device, runner.cfg
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {k: str(v) for k, v in versions().items() if k in _DECIDING} | dict(device=name, seed=runner.seed)
+    kernels = dict(deterministic=(cfg.get("randomness") or {}).get("deterministic", False), compiled=cfg.get("compiled_parts"),
+                   channels_last=cfg.get("channels_last"))
+    return {k: str(v) for k, v in versions().items() if k in _DECIDING} | dict(device=name, seed=runner.seed) | {
+        k: str(v or None) for k, v in kernels.items()}
 
 
-def _changed(saved, here):
-    return [f"{k} was {saved.get(k)}, is {here.get(k)}" for k in {**saved, **here} if saved.get(k) != here.get(k)]
+def _changed(saved, here, most=6):
+    """What differs, in words; of many differences the first."""
+    words = [f"{k} was {saved.get(k)}, is {here.get(k)}" for k in {**saved, **here} if saved.get(k) != here.get(k)]
+    return words[:most] + [f"and {len(words) - most} more"] * (len(words) > most)
 
 # %% ../../nbs/51d_state.ipynb #6851042c
 @HOOKS.register_module(force=True)
@@ -87,7 +105,7 @@ class StateHook(Hook):
     """Keep in every checkpoint what a run needs to go on bit by bit, and put it back on resume.
 
     Args:
-        strict: Refuse to resume with other versions, device or seed; else warn, and the numbers differ.
+        strict: Refuse to resume with other versions, device, kernels or seed; else warn, and the numbers differ.
 
     Raises:
         ResumeError: The checkpoint has no exact state, or was made by a run that differs from this one.
@@ -98,6 +116,11 @@ class StateHook(Hook):
     def __init__(self, strict=True):
         self.strict = strict
         self._gathered = self._restore = self._kept = None
+        self._sources = {}
+
+    def before_run(self, runner):
+        """Note what is running, before anybody edits it."""
+        self._sources = dict(commit=git_commit(), threads=torch.get_num_threads())
 
     @staticmethod
     def _hooks(runner):
@@ -117,16 +140,17 @@ class StateHook(Hook):
         """Add it to the checkpoint."""
         if self._gathered is None and get_world_size() == 1:
             self.gather_state(runner)
-        checkpoint["exact"] = dict(format=1, processes=self._gathered, division=_division(runner), programs=_programs(runner))
+        checkpoint["exact"] = dict(format=2, processes=self._gathered, division=_division(runner), settings=_settings(runner),
+                                   programs=_programs(runner), sources=self._sources)
         self._gathered = None
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Check that the checkpoint is one of such a run; take the state of this process."""
         state = checkpoint.get("exact")
-        if not isinstance(state, dict) or state.get("format") != 1 or not state.get("processes"):
+        if not isinstance(state, dict) or state.get("format") != 2 or not state.get("processes"):
             raise ResumeError("the checkpoint does not hold the state of a run (random numbers, place in the data): another "
                               "program or version wrote it. Start a new run from its weights: resume=False, checkpoint=<file>")
-        if changed := _changed(state["division"], _division(runner)):
+        if changed := _changed(state["division"] | state["settings"], _division(runner) | _settings(runner)):
             raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it "
                               "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
         if changed := _changed(state["programs"], _programs(runner)):
@@ -135,6 +159,9 @@ class StateHook(Hook):
                 raise ResumeError(f"{text}. Install and choose the same for the same numbers, or accept others: "
                                   "exact_resume = False in the config")
             runner.logger.warning(f"{text}; the numbers will differ from those of an uninterrupted run")
+        if changed := _changed(state["sources"], self._sources):
+            runner.logger.warning(f"resumed with something else: {', '.join(changed)}; the numbers may differ from those of an "
+                                  "uninterrupted run")
         own = state["processes"][get_rank()]
         self._restore = own
         for name, hook in self._hooks(runner).items():
