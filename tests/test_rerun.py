@@ -14,6 +14,7 @@ import cmtaqr  # noqa: E402
 import toy_engine  # noqa: E402
 from cmtaqr.engine.hooks import read_history  # noqa: E402
 from cmtaqr.engine.parameters import ParameterError  # noqa: E402
+from cmtaqr.engine.record import starts  # noqa: E402
 from cmtaqr.engine.rerun import compare_losses, main, read_run, rerun  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
 
@@ -70,6 +71,46 @@ def test_what_has_changed_is_said_and_found(toy, capsys):
     first, second = (read_history(folder)["records"] for folder in (run, toy / "other"))
     assert outcome["losses"] == compare_losses(first, second) and outcome["losses"]["first_difference"] == 2
     assert main([str(run), "--out", str(toy / "third"), "--tolerance", "10"]) == 0
+
+
+def test_a_run_that_was_stopped_and_resumed_is_repeated_as_a_whole(toy, monkeypatch, capsys):
+    """From the weights it was started with, wherever it was resumed from, and from another folder than it was typed in."""
+    first = train(toy, "seed=7").rename(toy / "first")
+    monkeypatch.chdir(toy)
+    words = ["toy.py", "data_root=data", "max_iters=6", "device=cpu", "work_dir=tuned"]
+    assert train_main([*words, "checkpoint=first"]) == 0
+    step = next(file for file in (toy / "tuned").glob("*.pth") if file.name != "iter_6.pth")
+    (toy / "tuned" / "iter_6.pth").unlink()
+    assert train_main([*words, "resume=true"]) == 0
+    assert train_main([*words, "resume=true", f"checkpoint=tuned/{step.name}"]) == 0
+    kind, params, record = read_run(toy / "tuned")
+    assert (params.checkpoint, params.resume) == (str(first), False) and len(starts(record)) == 3
+    monkeypatch.chdir(toy / "data")
+    assert main([str(toy / "tuned")]) == 0 and "the same numbers" in capsys.readouterr().out
+
+
+def test_a_run_that_went_on_in_a_new_folder_goes_on_again(toy):
+    stopped = train(toy).rename(toy / "stopped")
+    step = next(file for file in stopped.glob("*.pth") if file.name != "iter_6.pth")
+    run = train(toy, "resume=true", f"checkpoint={step}")
+    assert rerun(run, toy / "again")["same"]
+    with pytest.raises(ParameterError, match="holds checkpoints, from which the repetition would go on"):
+        rerun(run, toy / "again")
+    record = json.loads((run / "run.json").read_text())
+    record["parameters"]["checkpoint"] = None
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ParameterError, match="does not tell how the run began"):
+        rerun(run, toy / "third")
+
+
+def test_several_nodes_become_processes_of_one(toy):
+    run = train(toy, "--nproc", "2")
+    record = json.loads((run / "run.json").read_text())
+    assert "cmtaqr" not in record["command"][0] and "worker" not in " ".join(record["command"]), "what was typed, not what it started"
+    record["parameters"] |= dict(nproc=1, nodes=2, launcher="slurm", port=29500)
+    (run / "run.json").write_text(json.dumps(record))
+    outcome = rerun(run, toy / "again")
+    assert outcome["same"] and "nodes: 2 with 1 process(es) each then, 1 with 2 now" in outcome["differences"]
 
 
 def test_refusals(toy):

@@ -15,14 +15,22 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from .configure import _flat, run_config
+from .configure import run_config
 from .hooks import read_history
 from .parameters import EvalParameters, ParameterError, TrainParameters
-from .record import git_commit, machine, versions, write_json
+from .record import flat, git_commit, machine, recorded_path, starts, versions, write_json
 from .runner import safe_settings
+from .safe_files import checkpoints
 from .worker import run
 
 # %% ../../nbs/56k_rerun.ipynb #fc9bd242
+def _absolute(record):
+    """Parameters of a recorded start, its paths absolute."""
+    given = dict(record["parameters"])
+    names = [n for n in ("config", "data_root", "checkpoint") if given.get(n) and (n != "config" or given[n].endswith(".py"))]
+    return given | {n: str(recorded_path(record, given[n])) for n in names}
+
+
 def read_run(folder):
     """What a run wrote down.
 
@@ -30,19 +38,24 @@ def read_run(folder):
         folder: Its work folder.
 
     Returns:
-        (kind, parameters, record): 'train' or 'eval', `TrainParameters` or `EvalParameters`, and the content of `run.json`.
+        (kind, parameters, record): 'train' or 'eval', `TrainParameters` or `EvalParameters` of the whole run on one machine, and the
+        content of `run.json`.
 
     Raises:
         FileNotFoundError: The folder holds no run.
-        ParameterError: A parameter of the run is unknown today.
+        ParameterError: A parameter of the run is unknown today, or the record does not tell how the run began.
     """
     path = Path(folder, "run.json")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the work_dir of a run")
     record = json.loads(path.read_text())
-    given = record["parameters"]
+    given, first = _absolute(record), _absolute(starts(record)[0])
+    start = Path(first["checkpoint"] or folder).resolve()
+    if first["resume"] and Path(folder).resolve() in (start, start.parent):
+        raise ParameterError(f"{path} does not tell how the run began: its first entry is a resumption, so it cannot be repeated")
     kind, cls = ("eval", EvalParameters) if "untrained" in given else ("train", TrainParameters)
-    return kind, cls.check(given), record
+    params = cls.check(given | {n: first[n] for n in ("resume", "checkpoint")})
+    return kind, dataclasses.replace(params, nproc=params.nproc * params.nodes, nodes=1, launcher="torchrun", port=None), record
 
 # %% ../../nbs/56k_rerun.ipynb #f126a54e
 _OWN = "work_dir", "resume", "load_from", "jsonfile_prefix", "launcher", "device"
@@ -58,7 +71,7 @@ def config_changes(then, now):
     Returns:
         List of (key, then, now), without the run's own paths.
     """
-    a, b = (_flat(json.loads(json.dumps(c._cfg_dict.to_dict(), default=str))) for c in (then, now))
+    a, b = (flat(json.loads(json.dumps(c._cfg_dict.to_dict(), default=str))) for c in (then, now))
     keys = [k for k in {**a, **b} if not any(part in _OWN for part in k.split("."))]
     return [(k, a.get(k, "absent"), b.get(k, "absent")) for k in keys if a.get(k, "absent") != b.get(k, "absent")]
 
@@ -71,11 +84,17 @@ def differences(record, folder, cfg):
         folder: Its work folder.
         cfg: Today's `run_config`.
     """
-    found, here = [], dict(commit=git_commit(), **versions())
-    there = dict(commit=record.get("commit"), **record["versions"])
-    found += [f"{name}: {there.get(name)} then, {here.get(name)} now" for name in {**there, **here} if there.get(name) != here.get(name)]
-    theirs, ours = record["machine"], machine()
-    found += [f"machine, {name}: {theirs[name]} then, {ours.get(name)} now" for name in theirs if theirs[name] != ours.get(name)]
+    found = []
+    here = dict(commit=git_commit(), **versions()) | {f"machine, {name}": value for name, value in machine().items()}
+    for start in starts(record):
+        there = dict(commit=start.get("commit"), **start["versions"])
+        there |= {f"machine, {name}": value for name, value in start["machine"].items()}
+        found += [f"{name}: {there.get(name)} then, {here.get(name)} now" for name in {**there, **here}
+                  if there.get(name) != here.get(name)]
+    found = list(dict.fromkeys(found))
+    nodes, each = (record["parameters"].get(name, 1) for name in ("nodes", "nproc"))
+    if nodes > 1:
+        found.append(f"nodes: {nodes} with {each} process(es) each then, 1 with {nodes * each} now")
     dumped = Path(folder, Path(cfg.filename).name)
     if dumped.is_file():
         changed = config_changes(_prepared(Config.fromfile(dumped)), _prepared(cfg))
@@ -131,12 +150,14 @@ def rerun(folder, out, tolerance=0.0):
 
     Raises:
         FileNotFoundError: `folder` holds no run, or data or checkpoint are gone.
-        ParameterError: `out` is `folder`, or a parameter cannot be used any more.
+        ParameterError: `out` is `folder`, a parameter cannot be used any more, or the record does not tell how the run began.
     """
     if Path(out).resolve() == Path(folder).resolve():
         raise ParameterError(f"--out {out} is the run itself: choose another folder")
     kind, params, record = read_run(folder)
-    params = dataclasses.replace(params, work_dir=str(out), resume=False)
+    params = dataclasses.replace(params, work_dir=str(out))
+    if params.resume and checkpoints(out):
+        raise ParameterError(f"--out {out} holds checkpoints, from which the repetition would go on: choose an empty folder")
     cfg = run_config(params)
     found = differences(record, folder, cfg)
     for sentence in found:
