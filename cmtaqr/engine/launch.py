@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from mmengine.registry import HOOKS
 
 from .parameters import ParameterError
 from .progress import Progress
+from .safe_files import dispensable
 
 # %% ../../nbs/50e_launch.ipynb #a555cecc
 def check_processes(nproc, device, port=None):
@@ -43,16 +45,16 @@ def check_processes(nproc, device, port=None):
     if nproc < 1:
         raise ParameterError(f"nproc={nproc} must be at least 1")
     if device == "cuda" and nproc > gpus:
-        raise ParameterError(f"nproc={nproc}, but torch sees {gpus} GPU(s): one process drives one GPU; use nproc={max(gpus, 1)}, "
-                             "or device='cpu' for a trial")
+        raise ParameterError(f"nproc={nproc}, but torch sees {gpus} GPU(s): one process drives one GPU; use "
+                             f"nproc={max(gpus, 1)}, or device='cpu' for a trial")
     if port is None:
         return
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ParameterError(f"port={port} cannot be used ({error.strerror}): choose another, or leave it out for a free one") \
-                from error
+            reason = f"port={port} cannot be used ({error.strerror}): choose another, or leave it out for a free one"
+            raise ParameterError(reason) from error
 
 # %% ../../nbs/50e_launch.ipynb #902558df
 def write_status(path, title, step, total, details=""):
@@ -78,7 +80,8 @@ class StatusHook(Hook):
 
     def _tell(self, runner, title, step, total, details=""):
         if is_main_process() and (step >= total or time.perf_counter() - self._written > self.seconds):
-            write_status(Path(runner.work_dir, self.filename), title, step, total, details)
+            with dispensable(self.filename):
+                write_status(Path(runner.work_dir, self.filename), title, step, total, details)
             self._written = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
@@ -269,7 +272,7 @@ def stop(agent, patience):
         agent.wait()
 
 # %% ../../nbs/50e_launch.ipynb #6627b13e
-def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=29500):
+def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=29500, remark=None):
     """Text of a Slurm batch file that runs a module on several GPUs of several nodes.
 
     Args:
@@ -280,6 +283,7 @@ def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=2950
         nodes: Nodes.
         hours: Time limit.
         port: TCP port of the first node at which the agents meet.
+        remark: A line of comment, or None.
 
     Returns:
         The text.
@@ -290,8 +294,10 @@ def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=2950
     return "\n".join([
         "#!/bin/bash", f"#SBATCH --job-name={Path(work_dir).name}", f"#SBATCH --nodes={nodes}",
         "#SBATCH --ntasks-per-node=1        # one agent a node; it starts a process for each GPU",
-        f"#SBATCH --gpus-per-node={nproc}", f"#SBATCH --time={hours}:00:00", f"#SBATCH --output={work_dir}/slurm-%j.log",
+        f"#SBATCH --gpus-per-node={nproc}", f"#SBATCH --time={hours}:00:00",
+        f"#SBATCH --chdir={shlex.quote(os.getcwd())}", f"#SBATCH --output={shlex.quote(f'{work_dir}/slurm-%j.log')}",
+        "#SBATCH --no-requeue               # started again by the system, the same job would not go on where it was",
         "#SBATCH --signal=TERM@120          # two minutes before the limit: end cleanly, the newest checkpoint is kept",
-        "set -e",
+        *([f"# {remark}"] if remark else []), "set -e",
         "# partition, account and the activation of your environment go here",
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', f"srun {call}", ""])

@@ -20,7 +20,7 @@ from .configure import run_config
 from .folder import entered, release
 from .launch import check_processes, end_with_agent, launch, sbatch_file
 from .parameters import EvalParameters, TrainParameters
-from .record import peak_memory, write_json
+from .record import command, peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
 
 # %% ../../nbs/56h_worker.ipynb #152c2aa0
@@ -38,11 +38,12 @@ def write_job(kind, params, work_dir):
     Returns:
         Path of the file.
     """
-    return write_json(Path(work_dir, "job.json"), dict(kind=kind, parameters=params.asdict() | dict(work_dir=str(work_dir))))
+    parameters = params.asdict() | dict(work_dir=str(work_dir))
+    return write_json(Path(work_dir, "job.json"), dict(kind=kind, parameters=parameters, command=command()))
 
 
 def read_job(path):
-    """Kind and verified parameters of a job file.
+    """Kind, verified parameters and typed command of a job file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -50,7 +51,7 @@ def read_job(path):
     """
     try:
         job = json.loads(Path(path).read_text())
-        return job["kind"], KINDS[job["kind"]].check(job["parameters"])
+        return job["kind"], KINDS[job["kind"]].check(job["parameters"]), job["command"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no job file of a launched run ({error!r})") from error
 
@@ -69,10 +70,9 @@ def join(device, minutes=30):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     options = dict(device_id=torch.device(device)) if device != "cpu" else {}
-    torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo", timeout=datetime.timedelta(minutes=minutes), **options)
+    backend, timeout = "nccl" if device != "cpu" else "gloo", datetime.timedelta(minutes=minutes)
+    torch.distributed.init_process_group(backend, timeout=timeout, **options)
     return device
-
-
 
 # %% ../../nbs/56h_worker.ipynb #2687a1df
 def _train(runner):
@@ -113,7 +113,8 @@ def work(path):
     Args:
         path: Job file.
     """
-    kind, params = read_job(path)
+    kind, params, typed = read_job(path)
+    sys.argv = typed  # what `run.json` records as the command
     cfg = run_config(params)
     cfg.launcher, cfg.device = "pytorch", join(torch.device(cfg.device).type)
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="StatusHook")]
@@ -165,7 +166,9 @@ def write_sbatch(kind, params, cfg):
         Path of the batch file.
     """
     job, path = write_job(kind, params, cfg.work_dir), Path(cfg.work_dir, "run.sbatch")
-    path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes, port=params.port or 29500))
+    remark = "an interrupted run goes on if this file is written again with resume=true, and submitted"
+    path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes,
+                                port=params.port or 29500, remark=remark if kind == "train" else None))
     return path
 
 # %% ../../nbs/56h_worker.ipynb #e475c9e3
