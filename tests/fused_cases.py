@@ -376,15 +376,17 @@ def check_nan_value(device="cpu"):
 
 
 def check_far_windows(device="cpu"):
-    """Cells outside the maps, however far: what remains of the window after clipping, as `Windows.bounds` says."""
-    for far in (3, 10**6):
-        windows = small(16, device=device)
+    """Cells outside the maps and windows larger than they, however far and large: what remains of the window after clipping, as
+    `Windows.bounds` says."""
+    for far, sizes in ((3, (4, 3)), (10**6, (4, 3)), (2**40, (4, 3)), (3, (2**31 - 1, 2**31)), (3, (2**40, 2**40 + 1))):
+        windows = small(16, device=device, sizes=sizes)
         windows.cells.copy_(torch.randint(-far, far + 1, windows.cells.shape, generator=torch.Generator().manual_seed(far)))
         windows.cells[0, :4] = torch.tensor([[-2, 3], [-1, -1], [9, 12], [10, 2]], device=device)[:, None]
+        windows.cells[0, 4] += 2**32 * (max(sizes) < 2**22)
         windows.seen[:] = True
         errors = measure(windows, heads=1, launch=STEPS)
         for name, (ours, plain, largest) in errors.items():
-            assert ours <= allowed_error(name, plain, largest, 2**-19), (far, name, ours, plain, largest)
+            assert ours <= allowed_error(name, plain, largest, 2**-19), (far, sizes, name, ours, plain, largest)
 
 
 def check_low_scores(device="cpu"):

@@ -133,6 +133,9 @@ def replaced(bias, value=None, **changes):
      lambda q, k, v, b: biased(*(t[:1, :1].expand(8192, 8, -1, -1) for t in (q, k, v)), None)),
     (RuntimeError, r"backend='triton': .*one head counts as two.*got 32768 times 1",
      lambda q, k, v, b: biased(*(t[:1, :1].expand(32768, 1, -1, -1) for t in (q, k, v)), None)),
+    (ValueError, r"maps of 1300 × 1300 and 1 × 1 cells: .* at most 1677721 cells",
+     lambda q, k, v, b: fused_cases.fused.plan_bias(LocalBias(random_windows(TokenLayout((1300, 1300), None), 1, 1, 3),
+                                                              torch.zeros(1, 1, 2)))),
     (ValueError, r"scale=-1.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=-1.0)),
     (ValueError, r"scale=0.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=0.0)),
 ])
