@@ -99,9 +99,19 @@ def test_readme_times_and_errors_come_from_result_files():
     labels = {"2x900x22384w8": "900 × 22,384, 8", "2x900x56400w15": "900 × 56,400, 15",
               "2x1792x56400w15": "1,792 × 56,400, 15"}
     for name, label in labels.items():
-        fused, dense = (ratios[f"shapes/{name}"][way] for way in ("fused_planned", "efficient_dense"))
-        own = [fused[phase]["to_cudnn_queued"] for phase in ("forward", "forward_backward")]
-        assert f"| {label} | {own[0]:.2f} | {own[1]:.2f} | {dense['forward_backward']['to_cudnn']:.1f} |" in readme
+        here = ratios[f"shapes/{name}"]
+        own = [here["fused_planned"][phase]["to_cudnn_queued"] for phase in ("forward", "forward_backward")]
+        matrix = min(here[way]["forward_backward"]["to_cudnn"] for way in ("efficient_dense", "unfused_dense"))
+        flex = here["flex"]["forward_backward"]["to_cudnn"]
+        assert f"| {label} | {own[0]:.2f} | {own[1]:.2f} | {matrix:.1f} | {flex:.1f} |" in readme
+    above = {phase: [ratios[f"shapes/{name}"]["fused"][phase]["mib_above_flash"] for name in labels]
+             for phase in ("forward", "forward_backward")}
+    assert f"{min(above['forward_backward']):.0f} to {max(above['forward_backward']):.0f} MiB above" in readme
+    assert f"{min(above['forward']):.1f} to {max(above['forward']):.1f} MiB" in readme
+    one_map = ratios["one_map/2x900x22528w8"]["fused"]
+    assert f"{one_map['forward']['to_cudnn']:.2f} (forward) and {one_map['forward_backward']['to_cudnn']:.2f} (forward" in readme
+    slower = [r for name in labels if (r := ratios[f"shapes/{name}"]["fused_planned"]["forward_backward"]["to_cudnn_queued"]) > 1]
+    assert len(slower) == 2 and f"{min(slower):.2f} to {max(slower):.2f} of it at two of the three shapes" in readme
 
 
 def test_readme_training_figures_come_from_result_files():
