@@ -1,12 +1,22 @@
 """Faults of a run: a full disk, samples that cannot be read, losses that are not finite, lost workers, too little memory."""
+import errno
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
+from mmengine.visualization import LocalVisBackend, TensorboardVisBackend  # noqa: E402
+
+import toy_engine  # noqa: E402
+from cmtaqr.engine import launch, safe_files  # noqa: E402
 from cmtaqr.engine.causes import LostProcess, OutOfMemory  # noqa: E402
 from cmtaqr.engine.configure import run_config  # noqa: E402
 from cmtaqr.engine.faults import QuarantineFull  # noqa: E402
@@ -14,9 +24,11 @@ from cmtaqr.engine.parameters import TrainParameters  # noqa: E402
 from cmtaqr.engine.runner import build_runner  # noqa: E402
 from cmtaqr.engine.safe_files import checkpoints, newest_checkpoint  # noqa: E402
 from cmtaqr.engine.samples import PlacedSampler  # noqa: E402
+from cmtaqr.engine.train import main as train_main  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path):
@@ -29,6 +41,88 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path):
     (status,), (output,) = finish(start([values | dict(full=[10, 99])]))
     assert status == 1 and "the last checkpoint was not saved" in output
     assert newest_checkpoint(tmp_path / "end").name == "iter_9.pth"
+
+
+FULL_DISK = """
+import os
+from pathlib import Path
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module(force=True)
+class FullDisk(Hook):
+    priority = "VERY_HIGH"
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        file = Path(runner.work_dir).parent / "filled"
+        if os.environ.get("RANK", "0") == "0" and runner.iter == 14:
+            with open(file, "wb", buffering=0) as stream:
+                for size in (4096, 1):
+                    try:
+                        while True:
+                            stream.write(b"0" * size)
+                    except OSError:
+                        continue
+        if os.environ.get("RANK", "0") == "0" and runner.iter == 44:
+            file.unlink()
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A toy config that writes all that a real one writes, after each iteration; the words of its command line."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.pkl").touch()
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    imports = 'dict(imports=["cmtaqr.engine", "toy_engine", "full_disk"], allow_failed_imports=False)'
+    hooks = '_base_.custom_hooks + [dict(type="FullDisk"), dict(type="StatusHook", seconds=0.0)]'
+    text = toy_engine.CONFIG.format(bases=ROOT / "cmtaqr/configs/_base_") + "default_hooks = dict(logger=dict(interval=1))\n"
+    (tmp_path / "toy.py").write_text(text)
+    (tmp_path / "full.py").write_text(text + f"custom_imports = {imports}\ncustom_hooks = {hooks}\n")
+    return [f"data_root={tmp_path / 'data'}", "max_iters=48", "device=cpu"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_is_full_for_a_while(tmp_path, toy, processes):
+    """A real one, of a megabyte: log, scalars, history, status, output of the processes, two checkpoints cannot be written."""
+    apart = ["unshare", "-m"] if os.getuid() == 0 else ["unshare", "-rm"]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs"]
+    if not shutil.which("unshare") or subprocess.run([*apart, *mount, tmp_path / "data"], capture_output=True).returncode:
+        pytest.skip("needs a small disk: a user that may mount a tmpfs in a namespace (unshare -m)")
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    words = [sys.executable, "-m", "cmtaqr.engine.train", str(tmp_path / "full.py"), f"work_dir={disk / 'run'}", *toy]
+    words += ["--nproc", str(processes)]
+    script = f'{" ".join(mount)} {disk} && "$@"; status=$?; cp -r {disk}/run {kept}; exit $status'
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([*apart, "sh", "-c", script, "sh", *words], env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in checkpoints(kept)] == ["iter_48.pth", "iter_12.pth"]
+    assert len(course(kept)) == 48 and json.loads((kept / "status.json").read_text())["step"] == 48
+    scalars, = kept.glob("*/vis_data/scalars.json")
+    steps = [json.loads(line)["step"] for line in scalars.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    assert steps[-1] == 48 and len(steps) < 48
+    if processes == 1:
+        assert "iter_24.pth not written: No space left on device" in done.stdout
+        assert "scalars of TensorboardVisBackend not written, the run goes on: No space left on device" in done.stdout
+
+
+def test_what_a_run_can_do_without_does_not_end_it(tmp_path, toy, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = TensorboardVisBackend
+    for owner, name in ((LocalVisBackend, "add_scalars"), (board, "add_scalars"), (board, "close"), (launch, "write_status")):
+        monkeypatch.setattr(owner, name, full)
+    config = tmp_path / "toy.py"
+    config.write_text(config.read_text() + 'custom_hooks = _base_.custom_hooks + [dict(type="StatusHook")]\n')
+    safe_files._told.clear()
+    assert train_main([str(config), f"work_dir={tmp_path / 'run'}", *toy]) == 0
+    said = capsys.readouterr().out
+    for what in ("scalars of LocalVisBackend", "scalars of TensorboardVisBackend", "status.json"):
+        assert said.count(f"{what} not written, the run goes on: No space left on device") == 1, said
+    assert newest_checkpoint(tmp_path / "run").name == "iter_48.pth"
 
 
 def test_unreadable_samples(tmp_path):

@@ -8,7 +8,6 @@ __all__ = ['read_instruments', 'InstrumentsHook', 'plot_instruments']
 # %% ../../nbs/53a_instruments.ipynb #ec769f50
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mmengine.registry import HOOKS
 
 from .distributions import BINS, MODALITIES, attention_sums, distribution, tally
 from .record import _plain
+from .safe_files import dispensable, write_whole
 
 # %% ../../nbs/53a_instruments.ipynb #9e838c2e
 def _share(part, whole):
@@ -198,8 +198,9 @@ class InstrumentsHook(Hook):
                 if seen["number"] and seen["mean"] is not None:  # None: NaN, or a bias without a bound
                     edges = torch.linspace(-bound, bound, BINS + 1).tolist()
                     moments = seen["number"], seen["number"] * seen["mean"], seen["number"] * (seen["mean"]**2 + seen["std"]**2)
-                    board.experiment.add_histogram_raw(f"instruments/{name}/{modality}", -bound, bound, *moments, edges[1:],
-                                                       seen["histogram"], step)
+                    with dispensable("histograms"):
+                        board.experiment.add_histogram_raw(f"instruments/{name}/{modality}", -bound, bound, *moments, edges[1:],
+                                                           seen["histogram"], step)
         if time.perf_counter() - self._written > self._pause or None in (record["weights"][m]["mean"] for m in MODALITIES):
             self._write()
 
@@ -210,9 +211,9 @@ class InstrumentsHook(Hook):
         data = dict(settings={n: getattr(self, n) for n in ("interval", "layer", "queries", "margin", "full")},
                     limit=generator and generator.limit, bounds=generator and [generator.min_scale, generator.max_scale],
                     records=self.records)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(data))  # on one line: Python writes that many times faster than indented
-        os.replace(part, self._path)
+        text = json.dumps(data)  # on one line: Python writes that many times faster than indented
+        with dispensable(self._path.name):
+            write_whole(self._path, [text.encode()])
         self._written = time.perf_counter()
         self._pause = max(self.seconds, 500 * (self._written - began))
 

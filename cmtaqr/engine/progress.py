@@ -6,6 +6,7 @@
 __all__ = ['Progress']
 
 # %% ../../nbs/50a_progress.ipynb #7ac4adbc
+import contextlib
 import math
 import sys
 import time
@@ -62,7 +63,8 @@ class Progress:
             self._shown = time.perf_counter()
             self._draw(details)
         if step in self._marks:
-            print(self.text(details), flush=True)
+            with contextlib.suppress(OSError):  # the output goes to a file, and the disk is full
+                print(self.text(details), flush=True)
 
     def _draw(self, details):
         from IPython.display import display

@@ -34,7 +34,7 @@ from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .parameters import known_types
 from .record import peak_memory, run_record, write_json
 from .recompute import recompute
-from .safe_files import verify
+from .safe_files import dispensable, verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
 from .scale_out import to_channels_last
 from .state import ResumeError, SafeCheckpointHook, StateHook
@@ -55,10 +55,20 @@ class FileLogRunner(Runner):
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.WARNING)
                 handler.addFilter(lambda record: not re.search("deprecated|Advance dataloader", record.getMessage()))
+            elif isinstance(handler, logging.FileHandler):
+                handler.handleError = lambda record: None  # a full disk: the line is kept and written with a later one
         return logger
 
+    def build_visualizer(self, visualizer=None):
+        """Let scalars be lost on a full disk, and not the run."""
+        visualizer = super().build_visualizer(visualizer)
+        for name, backend in visualizer._vis_backends.items():
+            for method in ("add_config", "add_scalar", "add_scalars", "add_image", "close"):
+                setattr(backend, method, dispensable(f"scalars of {name}")(getattr(backend, method)))
+        return visualizer
+
     def wrap_model(self, model_wrapper_cfg, model):
-        """Freeze, lay out, compile and recompute the parts asked for; put the model on the run's device, be it the CPU beside a GPU."""
+        """Freeze, lay out, compile and recompute the parts asked for; put the model on the run's device."""
         freeze_modules(model, self.cfg.get("frozen") or [])  # before several processes' wrapper asks what will have gradients
         to_channels_last(model, self.cfg.get("channels_last") or [])  # likewise: it notes the layout of gradients
         if (self.cfg.get("randomness") or {}).get("deterministic") and torch.device(self.cfg.get("device", "cpu")).type == "cuda":
@@ -212,7 +222,7 @@ def build_runner(params, cfg):
         `FileLogRunner`, ready for `train`, with the schedule stretched over its iterations, or for `test`, with its weights.
 
     Raises:
-        ParameterError: Another run is at work in the folder of this training, or has left checkpoints there that it does not resume.
+        ParameterError: Another run is at work in the folder, or has left checkpoints there that this training does not resume.
         CheckpointMismatch, BrokenCheckpoint: The weights to evaluate are not this model's, or not whole.
         ParameterError: The config names a type that is not registered.
     """
