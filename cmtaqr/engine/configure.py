@@ -151,7 +151,8 @@ def _put_test(cfg, params):
     for unused in (*training, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[unused] = None
     if not cfg.get("test_evaluator") or not cfg.get("test_dataloader"):
-        raise ParameterError(f"config {params.config!r} says nothing about evaluation: it needs test_dataloader, test_evaluator and test_cfg")
+        raise ParameterError(f"config {params.config!r} says nothing about evaluation: it needs test_dataloader, "
+                             "test_evaluator and test_cfg")
     metric = cfg.test_evaluator
     metric.jsonfile_prefix = str(Path(cfg.work_dir, "nuscenes"))
     if metric.get("type") != "NuScenesMetric":

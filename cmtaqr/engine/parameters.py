@@ -104,8 +104,9 @@ def known_types(config):
         if not found:
             raise
         name, registry = found.groups()
+        quoted = re.compile(rf"['\"]{re.escape(name)}['\"]")
         lines = [f"{file}, line {number}" for file in _files(Path(config))
-                 for number, line in enumerate(file.read_text().splitlines(), 1) if re.search(rf"['\"]{re.escape(name)}['\"]", line)]
+                 for number, line in enumerate(file.read_text().splitlines(), 1) if quoted.search(line)]
         raise ParameterError(f"{(lines or [config])[0]}: type {name!r} is not registered ({registry}): correct it, or name the "
                              "module that registers it in custom_imports") from error
 
@@ -138,7 +139,8 @@ class RunParameters(Parameters):
 
     config: str = option("cmt_aqr_tiny", "name of a packaged config, or path of a .py file")
     data_root: str | None = option(None, "nuScenes folder; None: the config's, below the repository")
-    work_dir: str | None = option(None, "folder of everything the run writes; None: the executed notebook's folder")
+    work_dir: str | None = option(None, "folder of everything the run writes; None: the executed notebook's, from a shell "
+                                  "outputs/train/CONFIG or outputs/eval/CONFIG")
     epochs: int | None = option(None, "passes over the training set; None: the config's", low=1)
     max_iters: int | None = option(None, "iterations; wins over epochs", low=1)
     seed: int = option(0, "of Python, NumPy, torch and the data loaders", low=0)
@@ -150,8 +152,8 @@ class RunParameters(Parameters):
     min_scale: float | None = option(None, "lower bound of the scale; None: the preset's", low=0)
     max_scale: float | None = option(None, "upper bound of the scale; None: the preset's", above=0)
     learnable_scale: bool | None = option(None, "train the scale; None: the config's")
-    window_size: int | list[int] | None = option(None, "window of the bias, or of versions 1 and 2, in cells: int, or "
-                                                 "[camera, lidar] by -y", low=1, example="[8, 5]")
+    window_size: int | list[int] | None = option(None, "window of the bias, or of versions 1 and 2, in cells: int, or a list "
+                                                 "[camera, lidar]", low=1, example="[8, 5]")
     bias_form: str | None = option(None, "AQR bias: uniform or gaussian in the window, or global; None: the config's",
                                    choices=lambda: list(BIAS_FORMS))
     scale_mode: str | None = option(None, "bounds of the scale: inward, clamp or smooth; None: the config's",
@@ -164,7 +166,8 @@ class RunParameters(Parameters):
                                    "and in evaluation", choices=lambda: ["fp32", "bf16", "fp16"])
     compile: list[str] | None = option(None, "parts for torch.compile: image, bev, decoder; None: the config's",
                                        example="[image, decoder]")
-    resume: bool = option(False, "continue the run in work_dir from its newest checkpoint, or from an older one given as checkpoint")
+    resume: bool = option(False, "continue the run in work_dir from its newest checkpoint, or from an older one given as "
+                          "checkpoint")
     checkpoint: str | None = option(None, "weights to start from: a .pth file, or a folder, then its newest")
     batch_size: int | None = option(None, "samples per step; None: the config's", low=1)
     lr: float | None = option(None, "base learning rate; None: the config's", above=0)
@@ -179,10 +182,11 @@ class RunParameters(Parameters):
     def _check_together(self):
         find_config(self.config)
         if self.nodes > 1 and self.launcher != "slurm":
-            raise ParameterError(f"nodes={self.nodes}, but launcher={self.launcher!r} starts processes on this machine alone: use "
-                                 "launcher='slurm', or nodes=1")
+            raise ParameterError(f"nodes={self.nodes}, but launcher={self.launcher!r} starts processes on this machine alone: "
+                                 "use launcher='slurm', or nodes=1")
         if self.port is not None and self.port > 65535:
-            raise ParameterError(f"port={self.port} is no TCP port: choose one from 1024 to 65535, or leave it out for a free one")
+            raise ParameterError(f"port={self.port} is no TCP port: choose one from 1024 to 65535, or leave it out for a "
+                                 "free one")
         if ":" in self.device and (self.nproc * self.nodes > 1 or self.launcher == "slurm"):
             raise ParameterError(f"device={self.device!r} is one GPU, but launched processes take one each, from the first: use "
                                  "device='cuda', and choose them by the environment variable CUDA_VISIBLE_DEVICES")

@@ -38,8 +38,8 @@ def read_run(folder):
         folder: Its work folder.
 
     Returns:
-        (kind, parameters, record): 'train' or 'eval', `TrainParameters` or `EvalParameters` of the whole run on one machine, and the
-        content of `run.json`.
+        (kind, parameters, record): 'train' or 'eval', `TrainParameters` or `EvalParameters` of the whole run on one machine, and
+        the content of `run.json`.
 
     Raises:
         FileNotFoundError: The folder holds no run.
@@ -178,7 +178,8 @@ def rerun(folder, out, tolerance=0.0):
 
 def main(arguments=None):
     """Command line `python -m cmtaqr.engine.rerun RUN`; exit status 0 if the numbers came out again, 2 if not, 1 if it could not run."""
-    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.rerun", description="Repeat a run and compare its numbers.")
+    parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.rerun", description="Repeat a run and compare its numbers.",
+                                     epilog="Exit status: 0 the same numbers, 2 others, 1 could not run.")
     parser.add_argument("run", help="work_dir of the run")
     parser.add_argument("--out", help="work_dir of the repetition (default: the run's with _again behind)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative difference of a loss or metric that passes (default 0)")

@@ -43,7 +43,8 @@ def resumed_from(work_dir, checkpoint=None):
         Path: `checkpoint` where it is one of `work_dir`, or where that has none; else the newest in `work_dir`.
 
     Raises:
-        ParameterError: `checkpoint` is neither in `work_dir` nor what the run there was started with, or that run has saved nothing.
+        ParameterError: `checkpoint` is neither in `work_dir` nor what the run there was started with, or that run has saved
+            nothing.
         FileNotFoundError, BrokenCheckpoint: See `checkpoint_file`.
     """
     if checkpoint is None:
@@ -53,11 +54,11 @@ def resumed_from(work_dir, checkpoint=None):
     given_before = [r for r in known if recorded_path(r, r["parameters"]["checkpoint"]).resolve() == given]
     started, saved = any(not r["parameters"]["resume"] for r in given_before), checkpoints(work_dir)
     if started and not saved:
-        raise ParameterError(f"the run in {work_dir}, started with the weights of {checkpoint}, has saved nothing yet: begin it again, "
-                             "resume=False")
+        raise ParameterError(f"the run in {work_dir}, started with the weights of {checkpoint}, has saved nothing yet: begin it "
+                             "again, resume=False")
     if not started and (not saved or work_dir in (given, given.parent)):
         return checkpoint_file(given)
     if not given_before:
-        raise ParameterError(f"resume=True, but {work_dir} holds {saved[0].name}, and checkpoint={checkpoint!r} is none of its run: leave "
-                             "checkpoint out to go on with that run, or choose another work_dir")
+        raise ParameterError(f"resume=True, but {work_dir} holds {saved[0].name}, and checkpoint={checkpoint!r} is none of its "
+                             "run: leave checkpoint out to go on with that run, or choose another work_dir")
     return checkpoint_file(work_dir)

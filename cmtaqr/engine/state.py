@@ -50,7 +50,7 @@ _DECIDING = ("python", "torch", "cuda", "numpy", "mmengine", "mmcv", "mmdet", "m
 
 
 _SETTINGS = "precision", "train_cfg", "param_scheduler", "optim_wrapper", "model"
-# These follow from the device, are compared apart, matter only at the beginning, or save memory and leave the numbers as they are.
+# These follow from the device, are compared apart, matter only at the beginning, or leave the numbers as they are.
 _APART = "device", "fused", "non_blocking", "accumulative_counts", "init_cfg", "with_cp"
 
 

@@ -58,7 +58,9 @@ LAUNCHING = "nproc", "launcher", "nodes", "port"
 
 def command_parser(kind):
     """Parser of `python -m cmtaqr.engine.KIND`; the help lists every parameter with its default."""
-    rows = "\n".join(f"  {f.name}={f.default}".ljust(30) + f.metadata["help"] for f in fields(KINDS[kind]) if f.name != "config")
+    declared = [f for f in fields(KINDS[kind]) if f.name != "config"]
+    lists = {f.name: f"; a list as '{f.name}={f.metadata['example']}'" for f in declared if f.metadata["example"]}
+    rows = "\n".join(f"  {f.name}={f.default}".ljust(30) + f.metadata["help"] + lists.get(f.name, "") for f in declared)
     parser = argparse.ArgumentParser(
         prog=f"python -m cmtaqr.engine.{kind}", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"The run of nbs/{kind}.ipynb from a shell. Packaged configs:\n  " + "\n  ".join(config_names()),
@@ -85,7 +87,7 @@ def run_command(kind, arguments=None):
     try:
         given = assignments(options.parameters + launching)
         if "config" in given:
-            raise ParameterError(f"config is given twice: {options.config!r} and config={given['config']!r}; the first word alone says it")
+            raise ParameterError(f"config is given twice: {options.config!r} and config={given['config']!r}; leave one out")
         params = KINDS[kind].check(dict(given, config=options.config))
         cfg = run_config(params)
         if params.launcher == "slurm":
