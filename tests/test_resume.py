@@ -31,9 +31,13 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, length):
     reference = train_toy(**values)
     killed = values | dict(work_dir=str(tmp_path / "killed"))
     process, = start([killed])
-    while not checkpoints(tmp_path / "killed") and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(random.uniform(0, 0.7))
+    due, seen = random.randrange(14, 99, 7), {}
+    while max(seen, default=0) < due and process.poll() is None:
+        time.sleep(0.01)
+        for file in (tmp_path / "killed").glob("iter_*.pth"):
+            seen.setdefault(int(file.stem.removeprefix("iter_")), time.perf_counter())
+    pace = (seen[max(seen)] - seen[min(seen)]) / max(1, max(seen) - min(seen))
+    time.sleep(random.uniform(0, 7 * pace))  # anywhere between two checkpoints, however fast the machine is
     process.send_signal(signal.SIGKILL)
     (status,), (output,) = finish([process])
     assert status == -signal.SIGKILL, output
