@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
+from mmengine.config import Config  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend  # noqa: E402
 
 import toy_engine  # noqa: E402
@@ -21,7 +23,7 @@ from cmtaqr.engine.causes import LostProcess, OutOfMemory  # noqa: E402
 from cmtaqr.engine.configure import run_config  # noqa: E402
 from cmtaqr.engine.faults import QuarantineFull  # noqa: E402
 from cmtaqr.engine.parameters import TrainParameters  # noqa: E402
-from cmtaqr.engine.runner import build_runner  # noqa: E402
+from cmtaqr.engine.runner import FileLogRunner, build_runner  # noqa: E402
 from cmtaqr.engine.safe_files import checkpoints, newest_checkpoint  # noqa: E402
 from cmtaqr.engine.samples import PlacedSampler  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
@@ -172,6 +174,26 @@ def test_lost_worker_ends_with_its_cause(tmp_path):
 def test_lost_process_ends_the_other_with_its_cause(tmp_path):
     status, output = finish(start([write_toy(tmp_path) | dict(epochs=2, die=[4, "before_train_iter", 1])], 2))
     assert status == [1, -signal.SIGKILL] and "LostProcess: process 0 lost another process of the run" in output[0], output
+
+
+def test_out_of_memory_before_and_without_training(monkeypatch):
+    """An evaluation, and a model that does not fit, get the report of a training, and advice of their own."""
+    class Large(torch.nn.Linear):
+        def to(self, *_):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
+
+    def full(runner):
+        runner.model.to("cuda")
+
+    monkeypatch.setattr(Runner, "wrap_model", lambda self, cfg, model: model)
+    monkeypatch.setattr(Runner, "test", full)
+    runner = object.__new__(FileLogRunner)  # its constructor needs data
+    runner.cfg = Config(dict(device="cuda", test_dataloader=dict(batch_size=2)))
+    runner._distributed, runner.model, runner.optim_wrapper = False, Large(2**10, 2**10), None
+    with pytest.raises(OutOfMemory, match="(?s)moving the model to the GPU: CUDA out of memory.*a smaller model, or a GPU"):
+        runner.wrap_model(None, runner.model)
+    with pytest.raises(OutOfMemory, match="(?s)total.*first helps most: batch_size below 2; precision=bf16; smaller images"):
+        runner.test()
 
 
 @pytest.mark.gpu

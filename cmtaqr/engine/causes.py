@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from mmengine.dist import get_rank
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+
+from .recompute import recomputed_modules
 
 # %% ../../nbs/51f_causes.ipynb #59ec75f2
 class OutOfMemory(RuntimeError):
@@ -22,6 +25,10 @@ class OutOfMemory(RuntimeError):
 
 def held_memory(model, optimizer):
     """Memory that the parts of a model hold from step to step.
+
+    Args:
+        model (nn.Module): The model.
+        optimizer (Optimizer | None): None where there is none yet, or none at all.
 
     Returns:
         list: Dicts of part, parameters, gradients, buffers, optimiser, in MiB; the last is the total.
@@ -32,11 +39,15 @@ def held_memory(model, optimizer):
     rows = []
     for name, part in model.named_children():
         own = list(part.parameters())
-        state = [v for p in own for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor)]
+        entries = [optimizer.state.get(p, {}) for p in own] if optimizer else []
+        state = [v for entry in entries for v in entry.values() if isinstance(v, torch.Tensor)]
         rows.append(dict(part=name, parameters=mib(own), gradients=mib(p.grad for p in own if p.grad is not None),
                          buffers=mib(part.buffers()), optimiser=mib(state)))
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "gradients", "buffers", "optimiser")}
     return [row for row in rows if row["parameters"] + row["buffers"]] + [dict(part="total", **total)]
+
+
+_BUILDING = "moving the model to the GPU"
 
 
 def _place(error, model):
@@ -47,6 +58,8 @@ def _place(error, model):
         functions.add(trace.tb_frame.f_code.co_name)
         found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
         trace = trace.tb_next
+    if "wrap_model" in functions:
+        return _BUILDING
     if "backward" in functions:
         return "the backward pass"
     if "step" in functions:
@@ -57,12 +70,12 @@ def _place(error, model):
 def memory_report(error, runner):
     """What held a GPU's memory when it did not suffice, and what to change; a string of several lines."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    table = held_memory(model, runner.optim_wrapper.optimizer)
-    lines = [f"out of GPU memory in {_place(error, model)}: {' '.join(re.split(r'[.] ', str(error))[:2])}",
+    table = held_memory(model, runner.optim_wrapper.optimizer if isinstance(runner.optim_wrapper, OptimWrapper) else None)
+    place, advice = _place(error, model), []
+    lines = [f"out of GPU memory in {place}: {' '.join(re.split(r'[.] ', str(error))[:2])}",
              f"{'MiB held by':24}{'parameters':>12}{'gradients':>12}{'buffers':>12}{'optimiser':>12}"]
     kinds = "parameters", "gradients", "buffers", "optimiser"
     lines += [f"{row['part']:24}" + "".join(f"{row[kind]:12.1f}" for kind in kinds) for row in table]
-    advice = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         free, size = (value / 2**20 for value in torch.cuda.mem_get_info())
         peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
@@ -72,12 +85,21 @@ def memory_report(error, runner):
                      f"and the driver: {others:.0f}; the GPU has {size:.0f}")
         advice += ["stop the other programs on this GPU (nvidia-smi)"] * (others > 0.1 * size)
         advice += ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory is lost between blocks)"] * (unused > 0.1 * size)
-    batch = runner.train_dataloader.batch_size
-    advice += [f"batch_size below {batch}, with accumulate for the same effect"] * (batch > 1)
-    advice += ["precision=bf16"] * (runner.cfg.get("precision", "fp32") == "fp32")
-    advice += ["activation_checkpointing in the config (list of module names)"] * (not runner.cfg.get("activation_checkpointing"))
-    advice += ["freeze=True (backbones)"] * all(p.requires_grad for p in model.parameters()) + ["smaller images or fewer queries"]
+    advice += ["a smaller model, or a GPU with more memory"] if place == _BUILDING else _savings(model, runner.cfg)
     return "\n".join([*lines, f"What to change, the first helps most: {'; '.join(advice)}"])
+
+
+def _savings(model, cfg):
+    """Settings that make the steps of a run need less, of those that this one has not yet made."""
+    training = bool(cfg.get("train_dataloader"))
+    batch = (cfg.get("train_dataloader") or cfg.get("test_dataloader") or {}).get("batch_size", 1)
+    learning = [name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())]
+    kept = [name for name in learning if name not in recomputed_modules(model)]
+    found = [f"batch_size below {batch}" + ", with accumulate for the same effect" * training] * (batch > 1)
+    found += ["precision=bf16"] * (cfg.get("precision", "fp32") == "fp32")
+    found += [f"activation_checkpointing = {kept} in the config"] * (training and bool(kept))
+    everything = all(p.requires_grad for p in model.parameters()) and any(name.endswith("backbone") for name in learning)
+    return found + ["freeze=True (backbones)"] * (training and everything) + ["smaller images or fewer queries"]
 
 # %% ../../nbs/51f_causes.ipynb #f40baf2c
 class LostProcess(RuntimeError):
@@ -111,7 +133,7 @@ def _cause(message):
 
 @contextlib.contextmanager
 def explained(runner):
-    """Context of a training: errors of memory and of lost processes are raised with their cause.
+    """Context of a run, or of making its model ready: errors of memory and of lost processes are raised with their cause.
 
     Raises:
         OutOfMemory: A GPU's memory did not suffice.

@@ -80,8 +80,9 @@ class FileLogRunner(Runner):
         recompute(model, self.cfg.get("recomputed_parts") or [])
         if self.distributed and torch.device(self.cfg.get("device", "cpu")).type == "cpu":
             return MMDistributedDataParallel(module=model, broadcast_buffers=False)  # mmengine would name a GPU
-        model = super().wrap_model(model_wrapper_cfg, model)
-        return model if self.distributed else model.to(self.cfg.get("device", "cpu"))
+        with explained(self):
+            model = super().wrap_model(model_wrapper_cfg, model)
+            return model if self.distributed else model.to(self.cfg.get("device", "cpu"))
 
     def load_or_resume(self):
         """Resume a run, or take the weights of a checkpoint after checking that they are this model's."""
@@ -131,6 +132,11 @@ class FileLogRunner(Runner):
                 return super().train()
         finally:
             release(self.work_dir)
+
+    def test(self):
+        """Evaluate; see `Runner` and `train`."""
+        with explained(self):
+            return super().test()
 
 # %% ../../nbs/52_runner.ipynb #0c0ed9f1
 class _UnscaledStep(AmpOptimWrapper):
