@@ -208,7 +208,7 @@ def _end_with(parent, sent):
 
 
 def end_with_agent():
-    """To be called first in a launched process: it is killed when its agent ends in any way (on Linux; elsewhere only if it has ended already)."""
+    """To be called first in a launched process: it is killed when its agent ends (off Linux, if that has ended already)."""
     _end_with(int(os.environ.get("CMTAQR_AGENT", os.getppid())), signal.SIGKILL)
 
 # %% ../../nbs/50e_launch.ipynb #3ecdd42e

@@ -75,25 +75,13 @@ def peak_memory():
     return dict(process=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1), gpu=round(gpu, 1))
 
 # %% ../../nbs/50b_record.ipynb #4b6ebaed
-_STARTED = "ipykernel", "cmtaqr/engine/worker", "torch.distributed.run"
-
-
-def _process(pid):
-    """Arguments and parent of a process; none where the system does not tell."""
-    try:
-        words, state = (Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace") for name in ("cmdline", "stat"))
-    except OSError:
-        return [], 0
-    return [word for word in words.split("\0") if word], int(state.rpartition(")")[2].split()[1])
-
-
 def _typed():
-    """Arguments of the process that was typed: of this one, or of the one that started this kernel or this launched process."""
-    words, parent = list(sys.argv), os.getppid()
-    while parent and any(name in word for word in words[:4] for name in _STARTED):
-        found, parent = _process(parent)
-        words = found or words
-    return words
+    """Arguments of the process that was typed: of this one, or of the parent where this is a Jupyter kernel."""
+    own = list(sys.argv)
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if "ipykernel" in " ".join(own[:1]) and parent.is_file():
+        own = [a for a in parent.read_bytes().decode(errors="replace").split("\0") if a]
+    return own
 
 
 def command():
