@@ -170,7 +170,8 @@ def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
 
 IMPATIENT = """
 import functools, sys
-from cmtaqr.engine import train, worker
+from cmtaqr.engine import launch, train, worker
+launch.end_with_agent()  # here: with the test
 worker.launch = functools.partial(worker.launch, patience=2)
 sys.exit(train.main(sys.argv[1:]))
 """
