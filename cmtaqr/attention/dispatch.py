@@ -11,13 +11,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from .flex import flex_biased_attention
 from .launch import observed
 from .lowrank import _attend, _autocast, flash_bias, global_bias_factors
 from .reference import _check_bias, _check_dtypes, _check_heads, _check_mask, attention_reference
-from .window import _check_cells, _obstacle
+from .window import _check_cells, _has_tangent, _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
 
@@ -67,11 +66,6 @@ def _check_places(q, k, v, bias, attn_mask, key_mask, layout):
         _check_cells(bias.windows)
 
 
-def _has_tangent(*tensors):
-    """Whether forward-mode differentiation follows one of the tensors."""
-    return any(unpack_dual(t).tangent is not None for t in tensors)
-
-
 _MAX_PROGRAMS = 65535    # along the second and the third axis of a GPU's grid
 
 
@@ -85,9 +79,9 @@ def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
     if q.shape[0] * max(q.shape[1], 2) > _MAX_PROGRAMS:
         return (f'the kernels take at most {_MAX_PROGRAMS} samples times heads (one head counts as two), got {q.shape[0]} times '
                 f'{q.shape[1]}: give them fewer samples at a time')
-    if _has_tangent(q, k, v) or bias is not None and _has_tangent(bias.value):
-        return 'the fused kernels have no forward-mode derivatives'
-    return _obstacle(q)
+    if bias is not None and _has_tangent(bias.value):
+        return 'the kernels have no forward-mode derivatives'
+    return _obstacle(q, k, v)
 
 
 def _flash_attn(q, k, v, bias, attn_mask, dropout_p):

@@ -8,6 +8,7 @@ __all__ = ['window_attention']
 # %% ../../nbs/14c_window.ipynb #0f7e5f31
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .launch import observed
 from .reference import _check_bias, _check_heads, window_attention_reference
@@ -18,12 +19,19 @@ _DTYPES = torch.float16, torch.bfloat16, torch.float32
 _HEAD_DIMS = 16, 32, 64, 128
 
 
-def _obstacle(q):
-    """Why the kernels cannot take these queries; None if they can."""
+def _has_tangent(*tensors):
+    """Whether forward-mode differentiation follows one of the tensors."""
+    return any(unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _obstacle(q, k, v):
+    """Why the kernels cannot take these tensors; None if they can."""
     if q.dtype not in _DTYPES:
         return f'the kernels compute in float16, bfloat16 and float32, got {q.dtype}'
     if q.shape[3] not in _HEAD_DIMS:
         return f'the kernels take head dimensions {_HEAD_DIMS}, got {q.shape[3]}'
+    if _has_tangent(q, k, v):
+        return 'the kernels have no forward-mode derivatives'
     return _no_triton(q, 'tensors')
 
 # %% ../../nbs/14c_window.ipynb #2d77deef
@@ -152,7 +160,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend:
     if backend not in ('auto', 'triton', 'reference'):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'reference'")
     _check_windows(q, k, v, windows)
-    obstacle = None if backend == 'reference' else _obstacle(q)
+    obstacle = None if backend == 'reference' else _obstacle(q, k, v)
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
     if backend == 'triton' or backend == 'auto' and q.is_cuda and not obstacle:
