@@ -1,4 +1,5 @@
 """The instruments: what they record of real training steps in every version, and that these steps do not notice."""
+import contextlib
 import json
 import os
 import socket
@@ -160,17 +161,20 @@ def test_a_compiled_decoder_is_not_listened_to(tmp_path, caplog):
     assert "the decoder is compiled, its attention is not recorded" in caplog.text
 
 
-def test_a_killed_writer_leaves_the_last_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, outcome", [(KeyboardInterrupt(), pytest.raises(KeyboardInterrupt)),
+                                            (OSError("no space left on device"), contextlib.nullcontext())])
+def test_a_killed_writer_or_a_full_disk_leaves_the_last_file(tmp_path, monkeypatch, error, outcome):
+    """A full disk does not end the run."""
     torch.manual_seed(0)
     record(Head(), batch(1), tmp_path)
     before = (tmp_path / "instruments.json").read_bytes()
 
-    def cut(self, text):
-        self.write_bytes(text.encode()[:40])
-        raise OSError("no space left on device")
+    def cut(number):
+        os.ftruncate(number, 40)
+        raise error
 
-    monkeypatch.setattr(Path, "write_text", cut)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", cut)
+    with outcome:
         record(Head(), batch(1, seed=1), tmp_path)
     assert (tmp_path / "instruments.json").read_bytes() == before
 
