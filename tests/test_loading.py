@@ -76,7 +76,7 @@ def test_a_slow_loader_is_seen_however_long_it_had_before():
 
 @pytest.mark.parametrize("workers, steps", [(2, 4), (0, 3)])
 def test_workers_take_turns_and_waiting_is_part_of_idling(workers, steps):
-    found = steady_steps(lambda batch: 1e-6, [dict(value=i) for i in range(3)], workers, batch=1, steps=3, warmup=1)
+    found = steady_steps(lambda batch: 1e-6, Sleepy(), workers, batch=1, steps=3, warmup=1)
     assert found["steps"] == steps and 0 <= found["waiting"] <= 1 and 0.5 < found["idle"] <= 1
     assert found["wait_ms"]["mean"] * found["steps_per_second"] <= 1e3 * (1 + 1e-2)
 
