@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .launch import observed
-from .reference import _check_bias, _check_heads, window_attention_reference
+from .reference import _check_bias, _check_dtypes, _check_heads, window_attention_reference
 from ..geometry import Windows, _no_triton
 
 # %% ../../nbs/14c_window.ipynb #965f96ba
@@ -46,8 +46,7 @@ def _plan(windows):
     '(Tensor q, Tensor k, Tensor v, Tensor cells, Tensor seen, int[] plan) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'))
 def _window_attention(q, k, v, cells, seen, plan):
     from cmtaqr.attention.window_forward import window_forward
-    with torch.cuda.device_of(q):
-        return window_forward(q, k, v, cells, seen, plan)
+    return window_forward(q, k, v, cells, seen, plan)
 
 
 @_window_attention.register_fake
@@ -61,8 +60,7 @@ def _(q, k, v, cells, seen, plan):
     'int[] plan, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)'))
 def _window_attention_backward(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv):
     from cmtaqr.attention.window_backward import window_backward
-    with torch.cuda.device_of(q):
-        return window_backward(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv)
+    return window_backward(grad, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv)
 
 
 @_window_attention_backward.register_fake
@@ -100,8 +98,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cells, seen, plan):
         from cmtaqr.attention.window_forward import window_forward
-        with torch.cuda.device_of(q):
-            out, *kept = window_forward(q, k, v, cells, seen, plan)
+        out, *kept = window_forward(q, k, v, cells, seen, plan)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.plan = plan
         return out
@@ -114,8 +111,7 @@ class _Eager(torch.autograd.Function):
             dq, dk, dv = _window_attention_backward(*arguments)
         else:
             from cmtaqr.attention.window_backward import window_backward
-            with torch.cuda.device_of(grad):
-                dq, dk, dv = window_backward(*arguments)
+            dq, dk, dv = window_backward(*arguments)
         return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
 # %% ../../nbs/14c_window.ipynb #41c393c6
@@ -130,8 +126,7 @@ def _check_windows(q, k, v, windows):
     if not isinstance(windows, Windows):
         raise TypeError(f'windows must be a cmtaqr.geometry.Windows, got {type(windows).__name__}')
     _check_bias(q, k, windows)
-    if len({t.dtype for t in (q, k, v)}) > 1 or not q.is_floating_point():
-        raise ValueError(f'q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    _check_dtypes(q, k, v)
     if len({t.device for t in (q, k, v, windows.cells, windows.seen)}) > 1:
         raise ValueError(f'q, k, v and the windows must be on one device, got {q.device}, {k.device}, {v.device}, '
                          f'{windows.cells.device} (cells) and {windows.seen.device} (seen)')

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import _like_heads, _readable, _strides, starter
+from .launch import _like_heads, _readable, _strides, on_device, starter
 from .window_forward import _part_options, _samples, _start_camera, _warps
 from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING
 from .window_parts import (_camera_block, _counts, _dot, _in_window, _own_keys, _parts_of, _rows, _slice,
@@ -222,6 +222,7 @@ def backward_buffers(q, k, need_q, need_kv):
     return tuple(_like_heads(t) if need else t.new_empty(0) for t, need in ((q, need_q), (k, need_kv), (k, need_kv)))
 
 
+@on_device
 def window_backward(do, q, k, v, exact, stats, places, lists, counts, plan, need_q, need_kv):
     """Launch the kernels of the gradients.
 

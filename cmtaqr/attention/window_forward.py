@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import _like_heads, _readable, _strides, starter
+from .launch import _like_heads, _readable, _strides, on_device, starter
 from .window_order import _FAR, _NUMBERS, LOG2E, TUNING, place_queries, rank_queries
 from .window_parts import _camera_block, _counts, _dot, _own_keys, _parts_of, _rows, _slice, _tile
 
@@ -135,6 +135,7 @@ def forward_buffers(q, plan):
               for shape in (((plan[0] > 0) + views, 2, queries), (views, 4, queries), (views,))))
 
 
+@on_device
 def window_forward(q, k, v, cells, seen, plan):
     """Launch the kernels.
 
