@@ -9,7 +9,7 @@ __all__ = []
 import triton
 import triton.language as tl
 
-from .forward import dot, split_share, window_profile
+from .forward import dot, in_scores, split_share, window_profile
 
 # %% ../../nbs/13a_backward.ipynb #9ee14b5c
 @triton.jit
@@ -35,8 +35,8 @@ def _prepare(q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_ls
     if KIND > 0:
         if head == 0:
             sensor = tl.where((group == 0) & (lidar_maps > 0), 0, 1)
-            own = tl.load(value + (sample * queries + query) * 2 + sensor, ok, 0.0) / scale
-            tl.store(sorted_value + (group * batch + sample) * padded + place, own)
+            own = tl.load(value + (sample * queries + query) * 2 + sensor, ok, 0.0)
+            tl.store(sorted_value + (group * batch + sample) * padded + place, in_scores(own, scale))
 
 # %% ../../nbs/13a_backward.ipynb #600b340a
 @triton.jit
