@@ -108,6 +108,10 @@ def test_readme_times_and_errors_come_from_result_files():
              for phase in ("forward", "forward_backward")}
     assert f"{min(above['forward_backward']):.0f} to {max(above['forward_backward']):.0f} MiB above" in readme
     assert f"{min(above['forward']):.1f} to {max(above['forward']):.1f} MiB" in readme
+    launched = [ratios[f"shapes/{name}"][way]["forward_backward"]["to_cudnn"] for name in labels for way in ("fused_planned", "fused")]
+    assert f"takes {launched[0]:.2f} (forward + backward) with that plan and {launched[1]:.2f} with one of its own" in readme
+    queued = [ratios[f"shapes/{name}"][way]["forward_backward"]["to_cudnn_queued"] for name in labels for way in ("fused_planned", "fused")]
+    assert all(abs(a / b - 1) < 0.01 for a, b in zip(launched[2:], queued[2:]))
     one_map = ratios["one_map/2x900x22528w8"]["fused"]
     assert f"{one_map['forward']['to_cudnn']:.2f} (forward) and {one_map['forward_backward']['to_cudnn']:.2f} (forward" in readme
     slower = [r for name in labels if (r := ratios[f"shapes/{name}"]["fused_planned"]["forward_backward"]["to_cudnn_queued"]) > 1]
