@@ -45,13 +45,17 @@ def test_training_writes_result_and_figures(folder):
 
 
 def test_evaluation_writes_metrics_and_figures(folder):
-    done = call_papermill("eval", "eval/eval.ipynb", *QUICK, "-p", "checkpoint", "train", "-p", "frame", "1", cwd=folder)
+    """Written beside the notebook of the training, into a folder of its own."""
+    trained = {name: (folder / "train" / name).read_bytes() for name in ("run.json", "result.json")}
+    words = "-p", "checkpoint", "train", "-p", "frame", "1", "-p", "work_dir", "eval"
+    done = call_papermill("eval", "train/eval.ipynb", *QUICK, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert trained == {name: (folder / "train" / name).read_bytes() for name in trained}
     result = json.loads((folder / "eval" / "result.json").read_text())
     assert result["metrics"].keys() == {"mAP", "NDS", "mATE", "mASE", "mAOE", "mAVE", "mAAE"}
     assert all(0 <= result["metrics"][name] <= 1 for name in ("mAP", "NDS")) and len(result["classes"]) == 10
     assert result["checkpoint"].endswith("iter_2.pth") and result["speed"]["frames"] == 2
-    shown = outputs(folder / "eval" / "eval.ipynb")
+    shown = outputs(folder / "train" / "eval.ipynb")
     assert sum("image/png" in o.get("data", {}) for o in shown) == 5, "AP, curves, BEV, cameras, query weights"
     printed = "".join(t for o in shown if o["output_type"] == "stream" for t in o["text"])
     assert len(printed.splitlines()) < 40 and "CAUTION" not in printed, printed

@@ -16,10 +16,10 @@ pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[det
 from cmtaqr.engine import state  # noqa: E402
 from cmtaqr.engine.configure import run_config  # noqa: E402
 from cmtaqr.engine.folder import entered, release  # noqa: E402
-from cmtaqr.engine.parameters import ParameterError, TrainParameters  # noqa: E402
+from cmtaqr.engine.parameters import EvalParameters, ParameterError, TrainParameters  # noqa: E402
 from cmtaqr.engine.safe_files import BrokenCheckpoint, checkpoints, newest_checkpoint, verify  # noqa: E402
 from cmtaqr.engine.state import ResumeError  # noqa: E402
-from cmtaqr.engine.worker import run_launched  # noqa: E402
+from cmtaqr.engine.worker import run, run_launched  # noqa: E402
 from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,10 +99,16 @@ def test_loading_processes_do_not_change_the_numbers(tmp_path):
 # The folder of another run
 
 
+def files(folder):
+    """What a run has left in its folder, but the lock and the logs, of which each start writes its own."""
+    found = [f for f in folder.rglob("*") if f.is_file() and f.name != ".lock" and f.suffix != ".log"]
+    return {f: f.read_bytes() for f in found if "ranks" not in f.parts}
+
+
 def test_a_run_is_not_written_over(tmp_path):
     values = write_toy(tmp_path) | dict(max_iters=6)
     train_toy(**values)
-    before = {file: file.read_bytes() for file in (tmp_path / "toy").rglob("*") if file.is_file()}
+    before = files(tmp_path / "toy")
     with pytest.raises(ParameterError, match="toy holds iter_6.pth of an earlier run, .*resume=True.*another work_dir, or remove"):
         train_toy(**values | dict(max_iters=40, seed=3))
     params = TrainParameters.check(values | dict(nproc=2, seed=3))
@@ -110,9 +116,28 @@ def test_a_run_is_not_written_over(tmp_path):
     with pytest.raises(ParameterError, match="iter_6.pth of an earlier run"):
         run_launched("train", params, run_config(params))
     assert (tmp_path / "toy" / "result.json").read_text() == "{}" and not (tmp_path / "toy" / "job.json").exists()
-    assert all(file.read_bytes() == content for file, content in before.items() if file.name != ".lock")
+    (tmp_path / "toy" / "result.json").unlink()
+    assert files(tmp_path / "toy") == before
     shutil.rmtree(tmp_path / "toy")
     assert train_toy(**values).iter == 6
+
+
+def test_an_evaluation_does_not_take_the_folder_of_a_training(tmp_path):
+    values = write_toy(tmp_path)
+    train_toy(**values, max_iters=3)
+    folder = Path(values["work_dir"])
+    with open(values["config"], "a") as config:
+        config.write('test_dataloader = dict(num_workers=0, dataset=dict(type="NoisyPoints"))\ntest_evaluator = dict(type="Metric")\n')
+    for file in (folder / "result.json", tmp_path / "weights.pth"):
+        file.touch()
+    for saved in (True, False):
+        before = files(folder)
+        for nproc in (1, 2):
+            params = EvalParameters.check(values | dict(checkpoint=str(tmp_path / "weights.pth"), nproc=nproc))
+            with pytest.raises(ParameterError, match="toy holds a training, .* another work_dir, .* work_dir=.*toy/eval"):
+                run("eval", params, run_config(params))
+        assert files(folder) == before
+        checkpoints(folder)[0].unlink() if saved else None  # as of a training at work that has saved nothing yet
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -135,8 +135,11 @@ class FileLogRunner(Runner):
 
     def test(self):
         """Evaluate; see `Runner` and `train`."""
-        with explained(self):
-            return super().test()
+        try:
+            with explained(self):
+                return super().test()
+        finally:
+            release(self.work_dir)
 
 # %% ../../nbs/52_runner.ipynb #0c0ed9f1
 class _UnscaledStep(AmpOptimWrapper):
@@ -228,12 +231,11 @@ def build_runner(params, cfg):
         `FileLogRunner`, ready for `train`, with the schedule stretched over its iterations, or for `test`, with its weights.
 
     Raises:
-        ParameterError: Another run is at work in the folder, or has left checkpoints there that this training does not resume.
+        ParameterError: Another run is at work in the folder, or has left there what this one would replace, see `entered`.
         CheckpointMismatch, BrokenCheckpoint: The weights to evaluate are not this model's, or not whole.
         ParameterError: The config names a type that is not registered.
     """
-    training = bool(cfg.get("train_cfg"))
-    with entered(cfg.work_dir, cfg.resume) if training else contextlib.nullcontext():
+    with entered(cfg.work_dir, cfg.resume, evaluation=not cfg.get("train_cfg")):
         return _built(params, cfg)
 
 

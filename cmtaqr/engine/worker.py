@@ -141,7 +141,7 @@ def run_launched(kind, params, cfg, mode="auto"):
     """
     check_processes(params.nproc, torch.device(cfg.device).type, params.port)
     result = Path(cfg.work_dir, "result.json")
-    with entered(cfg.work_dir, cfg.resume or kind == "eval", launcher=True):
+    with entered(cfg.work_dir, cfg.resume, launcher=True, evaluation=kind == "eval"):
         result.unlink(missing_ok=True)
         job = write_job(kind, params, cfg.work_dir)
         launch("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.port, mode)
