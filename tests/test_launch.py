@@ -157,7 +157,7 @@ def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "resume=true" in said
-    assert running(str(toy / "slow" / "job.json")) == []
+    assert running(str(toy / "slow" / "ranks")) == []
     again = run(toy, "slow", toy / "slow", *words, "resume=true")
     assert again.returncode == 0, again.stderr
     whole = run(toy, "slow", toy / "whole", *words)
@@ -183,7 +183,7 @@ def test_no_process_is_left_though_none_hears_sigterm(toy, end, loaders):
     """Loading processes hear SIGTERM, and their end would end the others: they are there when nobody sends it."""
     call = command(toy, "deaf", toy / "deaf", "max_iters=4000", f"num_workers={loaders}", "--nproc", "2")
     call["args"][1:3] = ["-c", IMPATIENT]
-    job = str(toy / "deaf" / "job.json")
+    job = str(toy / "deaf" / "ranks")
     process = subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.time() + 90
     while not (toy / "deaf" / "status.json").is_file() and time.time() < deadline:

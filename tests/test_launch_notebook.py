@@ -103,7 +103,7 @@ def test_a_crash_shows_the_traceback_of_its_rank(toy):  # noqa: F811
     assert done.returncode != 0
     for text in (done.stderr, "".join("".join(o.get("traceback", "")) for o in outputs(out))):
         assert "rank 1 failed" in text and "the disk of rank 1 is gone" in text and "extra_hooks.py" in text
-    assert running(str(out / "job.json")) == []
+    assert running(str(out / "ranks")) == []
 
 
 def test_nothing_is_left_when_papermill_is_ended(toy):  # noqa: F811
@@ -113,11 +113,11 @@ def test_nothing_is_left_when_papermill_is_ended(toy):  # noqa: F811
     deadline = time.time() + 90
     while not (out / "status.json").is_file() and time.time() < deadline:
         time.sleep(0.2)
-    assert len(running(str(out / "job.json"))) >= 2
+    assert len(running(str(out / "ranks"))) >= 2
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode != 0
     deadline = time.time() + 40
-    while running(str(out / "job.json")) and time.time() < deadline:
+    while running(str(out / "ranks")) and time.time() < deadline:
         time.sleep(0.2)
-    assert running(str(out / "job.json")) == []
+    assert running(str(out / "ranks")) == []

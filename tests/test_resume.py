@@ -108,16 +108,14 @@ def files(folder):
 def test_a_run_is_not_written_over(tmp_path):
     values = write_toy(tmp_path) | dict(max_iters=6)
     train_toy(**values)
+    (tmp_path / "toy" / "result.json").write_text("{}")
     before = files(tmp_path / "toy")
     with pytest.raises(ParameterError, match="toy holds iter_6.pth of an earlier run, .*resume=True.*another work_dir, or remove"):
         train_toy(**values | dict(max_iters=40, seed=3))
     params = TrainParameters.check(values | dict(nproc=2, seed=3))
-    (tmp_path / "toy" / "result.json").write_text("{}")
     with pytest.raises(ParameterError, match="iter_6.pth of an earlier run"):
         run_launched("train", params, run_config(params))
-    assert (tmp_path / "toy" / "result.json").read_text() == "{}" and not (tmp_path / "toy" / "job.json").exists()
-    (tmp_path / "toy" / "result.json").unlink()
-    assert files(tmp_path / "toy") == before
+    assert files(tmp_path / "toy") == before and not (tmp_path / "toy" / "ranks").exists()
     shutil.rmtree(tmp_path / "toy")
     assert train_toy(**values).iter == 6
 
@@ -154,7 +152,7 @@ def test_two_runs_at_once_in_one_folder(tmp_path, processes):
     params = TrainParameters.check(values | dict(nproc=2, resume=processes == 2))
     with pytest.raises(ParameterError, match="a run is at work in .*toy"):
         run_launched("train", params, run_config(params))
-    assert not (tmp_path / "toy" / "job.json").exists()
+    assert not (tmp_path / "toy" / "ranks").exists()
     for process in first:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -183,15 +181,37 @@ def test_foreign_checkpoint_is_never_unpickled_blindly(tmp_path, resume, zipped)
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_refused_resume_changes_no_file(tmp_path, monkeypatch, processes):
+    """The finished run keeps its result, and all else; accepted, the same resume replaces the result."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]))
+    values = write_toy(tmp_path) | dict(max_iters=6, nproc=processes)
+
+    def go(**changes):
+        params = TrainParameters.check(values | changes)
+        return run("train", params, run_config(params))
+
+    go()
+    before = files(tmp_path / "toy")
+    written = {file.name for file in before}
+    assert {"result.json", "run.json", "tables.json", "toy.py", "history.json"} <= written and ("status.json" in written) == (processes == 2)
+    with pytest.raises(ValueError if processes == 1 else RuntimeError, match="optim_wrapper.optimizer.lr was 0.01, is 5.0"):
+        go(resume=True, lr=5.0)
+    assert files(tmp_path / "toy") == before
+    assert go(resume=True)["resumed"]["parameters"]["resume"] is False
+    assert json.loads((tmp_path / "toy" / "result.json").read_text())["parameters"]["resume"] is True
+
+
 def test_refused_and_passed_over(tmp_path, monkeypatch):
     values = write_toy(tmp_path) | dict(max_iters=6)
     train_toy(**values)
-    run = tmp_path / "toy"
-    shutil.copytree(run, tmp_path / "kept")
+    folder = tmp_path / "toy"
+    shutil.copytree(folder, tmp_path / "kept")
+    before = files(folder)
 
     def resumed(**changes):
-        shutil.rmtree(run)
-        shutil.copytree(tmp_path / "kept", run)
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
         return train_toy(**values | dict(resume=True) | changes)
 
     for changes, message in ((dict(batch_size=2), "batch size was 4, is 2"), (dict(seed=5), "seed was 0, is 5"),
@@ -201,17 +221,16 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
                              (dict(max_iters=8), "train_cfg.max_iters was 6, is 8.* or start a new run from its weights")):
         with pytest.raises(ResumeError, match=f"iter_6.pth: .*{message}"):
             resumed(**changes)
-        for name in ("run.json", "toy.py"):
-            assert (run / name).read_text() == (tmp_path / "kept" / name).read_text(), "the record is that of the run which was"
+        assert files(folder) == before
     monkeypatch.setattr(state, "versions", lambda: dict(torch="9.9", papermill="1"))
     with pytest.raises(ResumeError, match=r"torch was .*, is 9.9.*exact_resume = False"):
         resumed()
     Path(values["config"]).write_text(Path(values["config"]).read_text() + "exact_resume = False\n")
-    assert resumed(checkpoint=str(run / "iter_3.pth")).iter == 6
+    assert resumed(checkpoint=str(folder / "iter_3.pth")).iter == 6
     monkeypatch.undo()
     monkeypatch.setenv("CMTAQR_COMMIT", "another")
     resumed()
-    assert re.search("resumed with something else: commit was .*, is another", "".join(p.read_text() for p in run.rglob("*.log")))
+    assert re.search("resumed with something else: commit was .*, is another", "".join(p.read_text() for p in folder.rglob("*.log")))
     monkeypatch.undo()
 
     newest = tmp_path / "kept" / "iter_6.pth"

@@ -46,7 +46,7 @@ _runs = itertools.count()
 class FileLogRunner(Runner):
     """mmengine's runner with the log in a file (the terminal sees warnings only), a chosen device, and safe checkpoints."""
 
-    resumption = None  # the record of a resumed run, to be written when its checkpoint has been accepted
+    _waiting = {}  # files of a resumed run, until its checkpoint has been accepted
 
     def build_logger(self, *args, **kwargs):
         """Log everything to the file, warnings to the terminal too, but not mmengine's about its own internals."""
@@ -116,9 +116,17 @@ class FileLogRunner(Runner):
         model.load_state_dict(state)
         self._has_loaded = True
         self.dump_config()
-        if self.resumption and is_main_process():
-            write_json(Path(self.work_dir, "run.json"), self.resumption)
+        for name, data in self._waiting.items():
+            self.put(name, data)
         return content
+
+    def put(self, name, data):
+        """Write a JSON file into the work folder, None removes it; of a resumed run when its checkpoint has been accepted, not before."""
+        if self._resume and not self._has_loaded:
+            self._waiting = {**self._waiting, name: data}
+        elif is_main_process():
+            file = Path(self.work_dir, name)
+            file.unlink(missing_ok=True) if data is None else write_json(file, data)
 
     def dump_config(self):
         """Write the config into the work folder; that of a resumed run when its checkpoint has been accepted, not before."""
@@ -221,7 +229,7 @@ def safe_settings(cfg):
 
 # %% ../../nbs/52_runner.ipynb #0911ab07
 def build_runner(params, cfg):
-    """Write `run.json` and build the runner; a resumed run writes it when its checkpoint has been accepted.
+    """Build the runner and write `run.json`, in place of the result of the run before; both when the checkpoint has been accepted.
 
     Args:
         params: The run's parameters.
@@ -243,8 +251,6 @@ def _built(params, cfg):
     file, record = Path(cfg.work_dir, "run.json"), run_record(params)
     if cfg.resume and file.is_file():
         record["resumed"] = json.loads(file.read_text())
-    if os.environ.get("RANK", "0") == "0" and not cfg.resume:
-        write_json(file, record)
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(cfg.device)
@@ -257,13 +263,14 @@ def _built(params, cfg):
     with known_types(cfg.filename):
         runner = FileLogRunner.from_cfg(safe_settings(cfg) if cfg.get("train_cfg") else cfg)
         iterations = runner.train_loop.max_iters if cfg.get("train_cfg") else None
-    runner.resumption = record if cfg.resume else None
     if iterations is not None:
         runner.param_schedulers = stretched(cfg.get("param_scheduler"), cfg.schedule_length, iterations)
     elif params.untrained:
         runner._init_model_weights()  # mmengine's, which gives all processes the same; it calls it in training alone
     else:
         runner.load_or_resume()
+    runner.put("result.json", None)
+    runner.put("run.json", record)
     return runner
 
 # %% ../../nbs/52_runner.ipynb #4167adb7

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import run_config
 from .folder import entered, release
-from .launch import check_processes, end_with_agent, launch, sbatch_file
+from .launch import check_processes, end_with_agent, launch, log_folder, sbatch_file
 from .parameters import EvalParameters, TrainParameters
 from .record import command, peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
@@ -27,19 +27,20 @@ from .runner import build_runner, model_size, parameter_groups, train
 KINDS = dict(train=TrainParameters, eval=EvalParameters)
 
 
-def write_job(kind, params, work_dir):
+def write_job(kind, params, work_dir, folder=None):
     """Write `job.json`, from which every process of a run starts.
 
     Args:
         kind: 'train' or 'eval'.
         params: `TrainParameters` or `EvalParameters`.
         work_dir: Folder of the run.
+        folder: Where to write it; default is the folder of the run.
 
     Returns:
         Path of the file.
     """
     parameters = params.asdict() | dict(work_dir=str(work_dir))
-    return write_json(Path(work_dir, "job.json"), dict(kind=kind, parameters=parameters, command=command()))
+    return write_json(Path(folder or work_dir, "job.json"), dict(kind=kind, parameters=parameters, command=command()))
 
 
 def read_job(path):
@@ -76,9 +77,7 @@ def join(device, minutes=30):
 
 # %% ../../nbs/56h_worker.ipynb #2687a1df
 def _train(runner):
-    tables = dict(model=model_size(runner.model), groups=parameter_groups(runner))
-    if is_main_process():
-        write_json(Path(runner.work_dir, "tables.json"), tables)
+    runner.put("tables.json", dict(model=model_size(runner.model), groups=parameter_groups(runner)))
     summary, world = train(runner), runner.world_size
     each = dict(samples=summary["samples"] * world, samples_per_second=round(summary["samples_per_second"] * world, 3))
     return dict(training=summary | each | dict(processes=world))
@@ -140,13 +139,12 @@ def run_launched(kind, params, cfg, mode="auto"):
         RuntimeError: A process failed, see `launch`.
     """
     check_processes(params.nproc, torch.device(cfg.device).type, params.port)
-    result = Path(cfg.work_dir, "result.json")
     with entered(cfg.work_dir, cfg.resume, launcher=True, evaluation=kind == "eval"):
-        result.unlink(missing_ok=True)
-        job = write_job(kind, params, cfg.work_dir)
-        launch("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.port, mode)
+        logs = log_folder(cfg.work_dir)
+        job = write_job(kind, params, cfg.work_dir, logs)
+        launch("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.port, mode, logs=logs)
     release(cfg.work_dir)
-    return json.loads(result.read_text())
+    return json.loads(Path(cfg.work_dir, "result.json").read_text())
 
 
 def run(kind, params, cfg):
