@@ -250,6 +250,25 @@ def test_a_command_line_says_what_a_shell_can_do(toy, capsys):
         assert re.search(message, capsys.readouterr().err)
 
 
+def test_an_interrupt_says_whether_there_is_a_checkpoint(toy, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("cmtaqr.engine.train.run", interrupted)
+    words = [toy["config"], *(f"{name}={value}" for name, value in toy.items() if name != "config")]
+    assert train_main(words) == 130
+    assert capsys.readouterr().err == "stopped before the first checkpoint was saved: the same command begins anew\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "iter_2.pth").write_bytes(b"weights" * 100)
+    assert train_main(words) == 130 and "resume=true goes on from it" in capsys.readouterr().err
+
+
+def test_a_config_saves_as_often_as_it_says(toy, tmp_path):
+    Path(toy["config"]).write_text(Path(toy["config"]).read_text()
+                                   + "default_hooks = dict(checkpoint=dict(by_epoch=False, interval=3, max_keep_ckpts=-1))\n")
+    run(toy, max_iters=20)
+    assert {p.name for p in (tmp_path / "run").glob("iter_*.pth")} == {f"iter_{i}.pth" for i in (*range(3, 20, 3), 20)}
+
+
 @pytest.mark.parametrize("words", [["precision=fp16"], ["device=cuda"], ["device=cuda", "precision=bf16"]])
 def test_a_batch_file_is_written_where_there_is_no_gpu(toy, tmp_path, monkeypatch, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -138,7 +138,9 @@ def _put_length(cfg, params):
         cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iters)
         cfg.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=True)
         cfg.log_processor = {**(cfg.get("log_processor") or {}), "by_epoch": False}
-        cfg.default_hooks.checkpoint.update(by_epoch=False, interval=max(1, -(-iters // 4)))
+        saving = cfg.default_hooks.checkpoint
+        own = saving.get("interval") if saving.get("by_epoch", True) is False else None
+        saving.update(by_epoch=False, interval=own or min(1000, -(-iters // 4)))
     elif params.epochs is not None:
         cfg.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=params.epochs)
     for unused in ("val_dataloader", "val_cfg", "val_evaluator", "test_dataloader", "test_cfg", "test_evaluator"):
