@@ -230,6 +230,15 @@ def test_a_batch_file_does_what_was_typed_wherever_it_is_submitted(toy):
     assert Path(result["command"][0]).name == "train.py" and result["command"][1:] == call["args"][3:]
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_processes_of_another_launcher_are_refused(toy, nproc):
+    call = command(toy, "toy", toy / "alone", "max_iters=2", f"nproc={nproc}")
+    call["args"][1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(**call, capture_output=True)
+    assert done.returncode != 0 and "this is one of 2 processes" in done.stderr and "nproc=N or launcher=slurm" in done.stderr
+    assert not (toy / "alone").exists()
+
+
 def test_refusals(toy, capsys):
     base = [str(toy / "toy.py"), f"data_root={toy / 'data'}", f"work_dir={toy / 'run'}", "max_iters=2"]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

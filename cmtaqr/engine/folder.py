@@ -12,6 +12,8 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from .parameters import ParameterError
 from .safe_files import checkpoints
 
@@ -94,9 +96,12 @@ def entered(folder, resume=False, launcher=False, evaluation=False):
 
     Raises:
         ParameterError: Another run is at work there, or has left checkpoints that this one does not resume from, or there is a
-            training, and this is an evaluation.
+            training, and this is an evaluation; or somebody else's launcher has started this process as one of several.
     """
-    rank = os.environ.get("RANK")
+    rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and (launcher or not torch.distributed.is_initialized()):
+        raise ParameterError(f"this is one of {world} processes that torchrun or the like has started, and each would make the "
+                             "whole run alone: start one process and let it start the others, by nproc=N or launcher=slurm")
     if rank not in (None, "0"):
         yield
         return
