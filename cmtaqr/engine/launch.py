@@ -123,6 +123,9 @@ class _Watch:
             self.bar.close()
 
 # %% ../../nbs/50e_launch.ipynb #297fe42d
+_TOLD = re.compile("(ParameterError|ResumeError|CheckpointMismatch|BrokenCheckpoint): ")
+
+
 def first_failure(folder):
     """The earliest exception that the processes of a run left behind.
 
@@ -130,7 +133,7 @@ def first_failure(folder):
         folder: Log folder of the agent.
 
     Returns:
-        (rank, text of the traceback), or None where no process left one, as when it was killed.
+        (rank, text of the traceback, or of what is wrong with the input), or None where no process left one, as when it was killed.
     """
     found = []
     for path in Path(folder).rglob("error.json"):
@@ -139,7 +142,8 @@ def first_failure(folder):
         except (json.JSONDecodeError, KeyError):
             continue
         extra = message.get("extraInfo", {}) if isinstance(message, dict) else {}
-        text = extra.get("py_callstack") or (message["message"] if isinstance(message, dict) else str(message))
+        said = message["message"] if isinstance(message, dict) else str(message)
+        text = said if _TOLD.match(said) else extra.get("py_callstack") or said
         found.append((path.stat().st_mtime_ns, int(path.parent.name), text))
     return min(found)[1:] if found else None
 
@@ -182,7 +186,8 @@ def explain(logs, status):
         status: Exit status of the agent.
 
     Returns:
-        The text. An exception that only tells of a lost connection gives way to the process that was lost.
+        The text. An exception that only tells of a lost connection gives way to the process that was lost; one about the input
+        is its message alone.
     """
     failure, silent = first_failure(logs), silent_ends((logs / "agent.log").read_text(errors="replace"))
     where = f"the output of all ranks is in {logs}"
@@ -195,6 +200,8 @@ def explain(logs, status):
         return f"rank {rank} {_end(ended)}, left no exception and ended the run ({where}). Its last lines:\n{last}"
     if failure:
         rank, text = failure
+        if told := _TOLD.match(text):
+            return text[told.end():]
         return f"rank {rank} failed and ended the run ({where}):\n{text.rstrip()}"
     return (f"the run ended with status {status}, and no process left an exception ({where}). "
             f"The agent's last lines:\n{_tail(logs / 'agent.log')}")
@@ -299,9 +306,10 @@ def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=2950
     """
     call = " ".join(["torchrun", "--nnodes", "$SLURM_NNODES", "--nproc-per-node", str(nproc), "--rdzv-backend", "c10d",
                      "--rdzv-id", "$SLURM_JOB_ID", "--rdzv-endpoint", f'"$first:{port}"', "--max-restarts", "0",
-                     "--log-dir", f'"{work_dir}/ranks"', "--redirects", "3", "-m", module, *(f'"{a}"' for a in arguments)])
+                     "--log-dir", shlex.quote(f"{work_dir}/ranks"), "--redirects", "3", "-m", module, *map(shlex.quote, arguments)])
+    name = re.sub(r"[^\w.-]+", "_", Path(work_dir).name)
     return "\n".join([
-        "#!/bin/bash", f"#SBATCH --job-name={Path(work_dir).name}", f"#SBATCH --nodes={nodes}",
+        "#!/bin/bash", f"#SBATCH --job-name={name}", f"#SBATCH --nodes={nodes}",
         "#SBATCH --ntasks-per-node=1        # one agent a node; it starts a process for each GPU",
         f"#SBATCH --gpus-per-node={nproc}", f"#SBATCH --time={hours}:00:00",
         f"#SBATCH --chdir={shlex.quote(os.getcwd())}", f"#SBATCH --output={shlex.quote(f'{work_dir}/slurm-%j.log')}",

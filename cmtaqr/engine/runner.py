@@ -121,7 +121,7 @@ class FileLogRunner(Runner):
         return content
 
     def put(self, name, data):
-        """Write a JSON file into the work folder, None removes it; of a resumed run when its checkpoint has been accepted, not before."""
+        """Write a JSON file into the work folder (None removes it); a resumed run does when its checkpoint has been accepted."""
         if self._resume and not self._has_loaded:
             self._waiting = {**self._waiting, name: data}
         elif is_main_process():

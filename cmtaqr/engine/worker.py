@@ -17,7 +17,7 @@ from mmengine.dist import is_main_process
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .configure import run_config
-from .folder import entered, release
+from .folder import check_folder, entered, release
 from .launch import check_processes, end_with_agent, launch, log_folder, sbatch_file
 from .parameters import EvalParameters, TrainParameters
 from .record import command, peak_memory, write_json
@@ -162,7 +162,11 @@ def write_sbatch(kind, params, cfg):
 
     Returns:
         Path of the batch file.
+
+    Raises:
+        ParameterError: The run would be refused when its turn comes, see `check_folder`.
     """
+    check_folder(cfg.work_dir, cfg.resume, evaluation=kind == "eval")
     job, path = write_job(kind, params, cfg.work_dir), Path(cfg.work_dir, "run.sbatch")
     remark = "an interrupted run goes on if this file is written again with resume=true, and submitted"
     path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes,
