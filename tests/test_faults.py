@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
 from mmengine.config import Config  # noqa: E402
+from mmengine.registry import DATASETS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend  # noqa: E402
 
@@ -27,7 +28,7 @@ from cmtaqr.engine.runner import FileLogRunner, build_runner  # noqa: E402
 from cmtaqr.engine.safe_files import checkpoints, newest_checkpoint  # noqa: E402
 from cmtaqr.engine.samples import PlacedSampler  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
-from resume_engine import assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
+from resume_engine import NoisyPoints, assert_equal_runs, course, finish, start, train_toy, write_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,6 +138,28 @@ def test_unreadable_samples(tmp_path):
     assert len(course(tmp_path / "some")) == 12 and all(samples in (4, 2) for *_, samples in course(tmp_path / "some"))
     with pytest.raises(QuarantineFull, match="2 samples cannot be read, at most 1 may be.*restore them and resume"):
         train_toy(**write_toy(tmp_path, "many", unreadable=[4, 5]) | dict(epochs=2))
+
+
+def test_resampling_does_not_raise_the_limit(tmp_path):
+    """Ten classes make ten places of each sample; two of 22 samples are too many all the same."""
+    pytest.importorskip("mmdet3d.datasets", reason='needs the extra: pip install "cmtaqr[detector]"')
+
+    @DATASETS.register_module(force=True)
+    class ClassedPoints(NoisyPoints):
+        metainfo = dict(classes=tuple(map(str, range(10))))
+
+        def full_init(self):
+            pass
+
+        def get_cat_ids(self, index):
+            return set(range(10))
+
+    values = write_toy(tmp_path, unreadable=[4, 5]) | dict(epochs=1)
+    config = tmp_path / "toy.py"
+    config.write_text(config.read_text().replace('dict(type="NoisyPoints"', 'dict(type="mmdet3d.CBGSDataset", dataset=dict(type='
+                                                 '"mmengine.ClassedPoints"').replace("deadly=[])", "deadly=[]))"))
+    with pytest.raises(QuarantineFull, match="2 samples cannot be read, at most 1 may be"):
+        train_toy(**values)
 
 
 def test_two_processes_count_unreadable_samples_together(tmp_path):
