@@ -54,15 +54,15 @@ class Progress:
 
     def update(self, step, details=""):
         """Show that `step` steps are done."""
-        moved, self._step = step - self._step, step
+        before, self._step = self._step, step
         if self._bar is not None:
             self._bar.set_postfix_str(details, refresh=False)
-            self._bar.update(moved)
+            self._bar.update(step - before)
             return
         if self.mode == "notebook" and (step >= self.total or time.perf_counter() - self._shown > self.seconds):
             self._shown = time.perf_counter()
             self._draw(details)
-        if step in self._marks:
+        if any(before < mark <= step for mark in self._marks):
             with contextlib.suppress(OSError):  # the output goes to a file, and the disk is full
                 print(self.text(details), flush=True)
 
