@@ -63,14 +63,38 @@ def test_what_has_changed_is_said_and_found(toy, capsys):
     record = json.loads((run / "run.json").read_text())
     record["versions"]["numpy"] = "0.9"
     (run / "run.json").write_text(json.dumps(record))
-    assert main([str(run), "--out", str(toy / "other")]) == 2
+    assert main([str(run), "--today", "--out", str(toy / "other")]) == 2
     said = capsys.readouterr().out
     assert "config, optim_wrapper.optimizer.lr: 0.01 then, 0.02 now" in said and "numpy: 0.9 then" in said
     assert "NOT the same numbers" in said
     outcome = json.loads((toy / "other" / "rerun.json").read_text())
     first, second = (read_history(folder)["records"] for folder in (run, toy / "other"))
     assert outcome["losses"] == compare_losses(first, second) and outcome["losses"]["first_difference"] == 2
-    assert main([str(run), "--out", str(toy / "third"), "--tolerance", "10"]) == 0
+    assert main([str(run), "--today", "--out", str(toy / "third"), "--tolerance", "10"]) == 0
+
+
+@pytest.mark.parametrize("fate, processes", [("edited", 1), ("gone", 1), ("base gone", 1), ("gone", 2)])
+def test_the_config_of_the_folder_is_taken_where_the_file_is_another_one(toy, capsys, fate, processes):
+    """It has the run's parameters in it, which must not count twice: a scaled learning rate, a stretched schedule."""
+    config, base = toy / "toy.py", toy / "base.py"
+    config.rename(base)
+    config.write_text('_base_ = ["base.py"]\n')
+    run = train(toy, "scale_lr=linear", "precision=bf16", *(["--nproc", "2"] if processes == 2 else []))
+    if fate == "edited":
+        base.write_text(base.read_text().replace("lr=0.01", "lr=0.02").replace("conservative", "aggressive"))
+    else:
+        (config if fate == "gone" else base).unlink()
+    assert main([str(run)]) == 0
+    said = capsys.readouterr().out
+    expected = dict(edited="config, model.aqr.bias.preset: 'conservative' then, 'aggressive' now",
+                    gone=f"config {config} is gone") | {"base gone": "config, cannot be used any more"}
+    assert expected[fate] in said and f"config: the one kept in {run} is taken" in said and "with that one too" not in said
+    again = Path(f"{run}_again")
+    assert all(map(torch.equal, last_weights(run).values(), last_weights(again).values()))
+    assert [r["lr/base"] for r in read_history(again)["records"]] == [r["lr/base"] for r in read_history(run)["records"]]
+    if fate == "gone":
+        assert main([str(run), "--today", "--out", str(toy / "third")]) == 1 and "leave --today out" in capsys.readouterr().err
+        assert rerun(again, toy / "third")["same"], "a repetition can be repeated too"
 
 
 def test_a_run_that_was_stopped_and_resumed_is_repeated_as_a_whole(toy, monkeypatch, capsys):
