@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import lzma
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import struct
 import time
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
@@ -90,6 +92,8 @@ def _fault(file):
             return f"its part {member} differs from its checksum" if member else None
     except zipfile.BadZipFile:
         return "it is cut off"
+    except (zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:  # what zipfile lets through
+        return f"it cannot be unpacked ({error or type(error).__name__})"
 
 
 def verify(file):
