@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .parameters import package_root
+from .parameters import package_root, source_folder
 
 # %% ../../nbs/50b_record.ipynb #8f083d44
 _PACKAGES = ("cmtaqr", "torch", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "numpy", "nuscenes-devkit",
@@ -41,17 +41,20 @@ def versions():
 def git_commit():
     """Commit of the checkout, with `+changes` where tracked files differ from it.
 
-    The environment variable `CMTAQR_COMMIT` comes first: a copy of the sources may have no history, or an older one. None outside a
-    checkout without it.
+    The environment variable `CMTAQR_COMMIT` comes first: a copy of the sources may have no history, or an older one. Without it, None
+    for an installed package and for a copy that lies in a repository of something else.
     """
     if os.environ.get("CMTAQR_COMMIT"):
         return os.environ["CMTAQR_COMMIT"]
+    root = source_folder()
 
     def git(*args):
-        call = ["git", "-C", str(package_root()), *args]
+        call = ["git", "-C", str(root), *args]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if root is None or Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -140,9 +143,8 @@ def flat(node, prefix=""):
 # %% ../../nbs/50b_record.ipynb #6018dbea
 def _folder():
     """The current folder, from the repository's where it lies in it: a repository may be moved."""
-    here, root = Path.cwd(), package_root()
-    inside = here.is_relative_to(root) and (root / "settings.ini").is_file()
-    return str(here.relative_to(root) if inside else here)
+    here, root = Path.cwd(), source_folder()
+    return str(here.relative_to(root) if root and here.is_relative_to(root) else here)
 
 
 def run_record(parameters):
