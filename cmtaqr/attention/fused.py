@@ -47,16 +47,34 @@ def launch_for(dim: int, dtype: torch.dtype) -> Launch:
         return LAUNCH[dim, dtype]
     return Launch(forward=(4, 2, None), query=(4, 2, None), key=(4, 2, None)) if dim > 64 or dtype == torch.float32 else Launch()
 
+# %% ../../nbs/15_fused.ipynb #8e04b7f6
+_WIDEST_ROWS = 147_968    # bytes of shared memory that the kernels take for rows of 512 bytes in steps of BLOCK and TILE
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device):
+    """Bytes of shared memory that a program may have; none where an older torch does not say."""
+    if device.type != 'cuda':
+        return math.inf
+    return getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 0)
+
+
+def _steps(q):
+    """Queries and keys per step of the kernels."""
+    scarce = q.shape[-1] * q.element_size() > 256 and _shared_memory(q.device) < _WIDEST_ROWS
+    return (32, 32) if scarce else (BLOCK, TILE)
+
 # %% ../../nbs/15_fused.ipynb #bba3b623
-def _splits(launch, batch, heads, queries, layout, device):
+def _splits(launch, batch, heads, queries, layout, device, steps):
     """Runs of keys treated apart, so that few queries still fill the device: (LiDAR splits, views per split, splits).
 
     They depend on sizes alone: attention with and without a bias adds up in the same order.
     """
     lidar_maps, lidar_rows, lidar_cols, _, views, camera_rows, camera_cols, _ = layout
-    lidar, camera = lidar_maps * triton.cdiv(lidar_rows * lidar_cols, TILE), views * triton.cdiv(camera_rows * camera_cols, TILE)
+    block, tile = steps
+    lidar, camera = lidar_maps * triton.cdiv(lidar_rows * lidar_cols, tile), views * triton.cdiv(camera_rows * camera_cols, tile)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
-    programs = triton.cdiv(queries, BLOCK) * batch * heads
+    programs = triton.cdiv(queries, block) * batch * heads
     wanted = min(max(1, round(launch.occupancy * processors / programs)), 8)
     lidar_splits = lidar_maps and min(max(1, round(wanted * lidar / (lidar + camera))), lidar)
     views_per_split = max(1, triton.cdiv(views, max(1, wanted - lidar_splits)))
@@ -74,28 +92,28 @@ def _empty_outputs(q, exact):
     return _like_heads(q), _like_heads(q if exact else q[:0], torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _options(q, ignored, kind):
-    return dict(KIND=kind, MASKED=ignored.numel() > 0, DIM=q.shape[-1], BLOCK=BLOCK, TILE=TILE,
+def _options(q, ignored, kind, steps):
+    return dict(KIND=kind, MASKED=ignored.numel() > 0, DIM=q.shape[-1], BLOCK=steps[0], TILE=steps[1],
                 PRECISION='ieee' if q.dtype == torch.float32 else 'tf32')
 
 # %% ../../nbs/15_fused.ipynb #bcff1ac1
 @on_device
 def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scale, exact):
     batch, heads, queries, dim = q.shape
-    launch = launch_for(dim, q.dtype)
+    launch, steps = launch_for(dim, q.dtype), _steps(q)
     out, wide, lse = _empty_outputs(q, exact)
     if not out.numel():
         return out, wide, lse
     if not k.shape[2]:
         return out.zero_(), wide.zero_(), lse.fill_(math.inf)
-    lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device)
-    blocks, planes = triton.cdiv(queries, BLOCK), batch * heads
+    lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device, steps)
+    blocks, planes = triton.cdiv(queries, steps[0]), batch * heads
     parts = q.new_empty(splits, batch, heads, queries, dim, dtype=torch.float32)
     levels = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
     _forward[(blocks, splits, planes)](
         q, k, v, order, centres, ranges, value, ignored, parts, levels, *_strides(q, k, v), *parts.stride()[:4],
-        batch, heads, queries, k.shape[2], blocks * BLOCK, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits,
-        layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind), **_compiler(launch.forward))
+        batch, heads, queries, k.shape[2], blocks * steps[0], blocks, scale, layout[0] + layout[4], layout[0], lidar_splits,
+        layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind, steps), **_compiler(launch.forward))
     _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, wide, lse, *_strides(out), heads, queries, planes, splits,
                                                EXACT=exact, DIM=dim, BLOCK=16)
     return out, wide, lse
@@ -118,23 +136,23 @@ def _(q, k, v, value, order, centres, ranges, ignored, layout, decay, kind, scal
 @on_device
 def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, exact, lse, layout, decay, kind, scale, wants):
     batch, heads, queries, dim = q.shape
-    keys, launch = k.shape[2], launch_for(dim, q.dtype)
+    keys, launch, (block, tile) = k.shape[2], launch_for(dim, q.dtype), _steps(q)
     grad, = _readable(grad)
     if not q.numel() or not keys:
         return tuple(t.zero_() for t in _empty_gradients(q, k, v, value, wants))
     dq, dvalue = _empty_query_gradients(q, value, wants)
-    blocks, planes, groups = triton.cdiv(queries, BLOCK), batch * heads, (layout[0] > 0) + (layout[4] > 0) if kind else 1
-    padded = blocks * BLOCK
+    blocks, planes, groups = triton.cdiv(queries, block), batch * heads, (layout[0] > 0) + (layout[4] > 0) if kind else 1
+    padded = blocks * block
     sorted_q, sorted_grad = (q.new_empty(groups, batch, heads, padded, dim) for _ in 'qg')
     sorted_lse, sorted_delta = (lse.new_empty(groups, batch, heads, padded) for _ in 'ld')
     sorted_value = lse.new_empty(groups, batch, padded)
     _prepare[(blocks, planes, groups)](
         q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value,
-        *_strides(q, exact, grad), batch, heads, queries, padded, layout[0], scale, KIND=kind, DIM=dim, BLOCK=BLOCK)
+        *_strides(q, exact, grad), batch, heads, queries, padded, layout[0], scale, KIND=kind, DIM=dim, BLOCK=block)
     ordered = sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
-    maps, options = _maps(layout, decay), _options(q, ignored, kind)
+    maps, options = _maps(layout, decay), _options(q, ignored, kind, (block, tile))
     if dq.numel():
-        lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device)
+        lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device, (block, tile))
         parts = lse.new_empty(splits, batch, heads, queries, dim)
         sums = lse.new_empty(splits, batch, heads, queries, 2)
         _query_gradients[(blocks, splits, planes)](
@@ -147,7 +165,7 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
         del parts, sums    # before the large gradients are allocated
     dk, dv = _empty_key_gradients(k, v, wants)
     if dk.numel():
-        tiles = layout[0] * triton.cdiv(maps[0], TILE) + layout[4] * triton.cdiv(maps[4], TILE)
+        tiles = layout[0] * triton.cdiv(maps[0], tile) + layout[4] * triton.cdiv(maps[4], tile)
         _key_gradients[(tiles, planes)](
             *ordered, k, v, centres, ranges, ignored, dk, dv, *_strides(k, v, dk), batch, heads, keys, padded, blocks, scale,
             layout[0] + layout[4], layout[0], *maps, **options, **_compiler(launch.key))
@@ -226,20 +244,21 @@ class _Eager(torch.autograd.Function):
         return (*(g if want else None for g, want in zip(grads, wants)), *[None] * 9)
 
 # %% ../../nbs/15_fused.ipynb #18c29161
-def plan_bias(bias: LocalBias) -> Plan:
-    """Plan of the windows of a bias."""
+def plan_bias(bias: LocalBias, steps: tuple | None = None) -> Plan:
+    """Plan of the windows of a bias, in steps of so many queries and keys; (BLOCK, TILE) by default."""
+    steps = steps or (BLOCK, TILE)
     cells, seen, layout = bias.windows.cells, bias.windows.seen, layout_numbers(bias.windows)
     plan = plan_op if observed(cells) else plan_windows
-    return Plan(*plan(cells.contiguous(), seen.contiguous(), layout, BLOCK, TILE), cells, seen, (*layout, BLOCK, TILE))
+    return Plan(*plan(cells.contiguous(), seen.contiguous(), layout, *steps), cells, seen, (*layout, *steps))
 
 
-def _plan_of(bias, layout):
-    """The plan that a bias brings along, or a new one."""
+def _plan_of(bias, layout, steps):
+    """The plan that a bias brings along, or a new one if there is none or the kernels take other steps."""
     if bias.plan is None:
-        return plan_bias(bias)
+        return plan_bias(bias, steps)
     if not isinstance(bias.plan, Plan) or not bias.plan.fits(bias.windows, (*layout, BLOCK, TILE)):
         raise ValueError('the plan of the bias was made for other windows: make one for these with cmtaqr.attention.planned')
-    return bias.plan
+    return bias.plan if steps == (BLOCK, TILE) else plan_bias(bias, steps)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = None, key_mask: Tensor | None = None,
@@ -273,7 +292,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
         value, numbers = bias.value.float().contiguous(), layout_numbers(bias.windows)
         kind = 3 if bias.is_global else 1 if bias.sigma is None else 2
         if kind != 3:
-            order, centres, ranges = _plan_of(bias, numbers)[:3]
+            order, centres, ranges = _plan_of(bias, numbers, _steps(q))[:3]
         if kind == 2:
             decay = [-math.log2(math.e) / (2 * s * s) for s in reversed(bias.sigma)]
     elif layout is not None:
