@@ -1,5 +1,9 @@
-"""Cases of window attention and their errors against float64; run as a script it prints them for the CPU, one JSON line each."""
+"""Cases of window attention and their errors against float64.
+
+Run as a script it prints those of the CPU, one JSON line each: all, or those that its arguments name."""
 import json
+import sys
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +45,19 @@ def in_memory(t, kind):
     if kind == "channels outside":
         return t.transpose(2, 3).contiguous().transpose(2, 3)
     return t.contiguous()
+
+
+@contextmanager
+def poisoned():
+    """Fill every tensor that asks for memory with NaN, or with the largest number where it holds integers."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, True), memory="heads inside", scale=1.0, seed=0):
@@ -157,9 +174,27 @@ def check_second_derivatives(device="cpu"):
             raise AssertionError("a second derivative was given")
 
 
+def check_poisoned_memory(device="cpu", windows=None, heads=1, dim=16, dtype=torch.float32):
+    """What lay in the memory that the kernels ask for changes no bit."""
+    windows = random_windows(SMALL, 2, 20, [4, 3], device=device) if windows is None else windows
+    lengths, g = (windows.seen.shape[1], windows.layout.num_keys, windows.layout.num_keys), torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(len(windows.cells), heads, n, dim, device=device, generator=g).to(dtype).requires_grad_() for n in lengths]
+    results = []
+    for context in (nullcontext(), poisoned()):
+        with context:
+            assert not results or torch.empty(3, device=device).isnan().all()
+            out = window_attention(*inputs, windows, "triton")
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, inputs[0].detach())])
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results))
+
+
+CHECKS = {"operator": check_operator, "second derivatives": check_second_derivatives, "poisoned memory": check_poisoned_memory}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for name, case in {**CASES, "operator": check_operator, "second derivatives": check_second_derivatives}.items():
+    cases = {**CASES, **CHECKS}
+    for name, case in ((name, cases[name]) for name in sys.argv[1:] or cases):
         try:
             result = case()
         except Exception as error:
