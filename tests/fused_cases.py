@@ -366,7 +366,7 @@ def check_second_derivatives(device="cpu"):
 
 
 def check_nan_value(device="cpu"):
-    """NaN as a query's value: NaN for that query if it has a window of that sensor, and the same bits as ever for all others."""
+    """NaN or infinity as a query's value: NaN for that query, whether or not it has a window, the bits as ever for all others."""
     for kind in ("uniform", "gaussian", "global"):
         windows = small(20, 1, TINY, device=device)
         *inputs, grad = random_inputs(windows, heads=1)
@@ -376,6 +376,10 @@ def check_nan_value(device="cpu"):
         windows.cells[0, 3, 0] = windows.cells[0, 17, 1] = 2
         broken[0, 3, 0] = broken[0, 17, 1] = math.nan
         bad[0, [3, 17]] = True
+        if kind != "global":
+            windows.seen[0, [5, 6]] = False
+            broken[0, 5, 0], broken[0, 6, 1] = math.nan, math.inf
+            bad[0, [5, 6]] = True
         with launched(**STEPS):
             fine = computed(inputs, grad, LocalBias(windows, inputs[3], **KINDS[kind]))
             inputs[3] = broken.requires_grad_()
@@ -383,7 +387,24 @@ def check_nan_value(device="cpu"):
         for name, a, b in (("out", fine[0], found[0]), ("dq", fine[1], found[1])):
             a, b = a.transpose(1, 2), b.transpose(1, 2)
             assert b[bad].isnan().all() and torch.equal(a[~bad], b[~bad]), (kind, name)
-        assert torch.equal(fine[4][~bad], found[4][~bad]) and found[4][bad].isnan().any(-1).all()
+        assert torch.equal(fine[4][~bad], found[4][~bad]) and found[4][0, [3, 17]].isnan().any(-1).all()
+
+
+def check_lowest_value(device="cpu"):
+    """The lowest number as a query's LiDAR value, and -inf under a global bias: the sensor is gone, and nothing is NaN."""
+    lowest = torch.finfo(torch.float32).min
+    for kind, value in (("uniform", lowest), ("gaussian", lowest), ("global", lowest), ("global", -math.inf)):
+        windows = small(20, 1, TINY, device=device)
+        *inputs, grad = random_inputs(windows, heads=1)
+        inputs[3][0, ::2, 0] = value
+        inputs = [t.requires_grad_() for t in inputs]
+        with launched(**STEPS):
+            found = computed(inputs, grad, LocalBias(windows, inputs[3], **KINDS[kind]))
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        out = attention_reference(*wide[:3], LocalBias(windows, wide[3], **KINDS[kind]))
+        expected = out, *torch.autograd.grad(out, wide, grad.double())
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 def check_far_windows(device="cpu"):
@@ -427,6 +448,7 @@ def check_poisoned_memory(device="cpu"):
 
 CHECKS = {"operator": check_operator, "zero bias": check_zero_bias, "plan": check_plan, "current device": check_current_device,
           "second derivatives": check_second_derivatives, "empty sizes": check_empty_sizes, "NaN value": check_nan_value,
+          "lowest value": check_lowest_value,
           "far windows": check_far_windows, "low scores": check_low_scores, "poisoned memory": check_poisoned_memory}
 
 

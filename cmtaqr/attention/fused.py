@@ -276,8 +276,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
             attention without a bias equals attention with a bias of 0 in every bit.
 
     Returns:
-        [B, H, Q, D]; zero for a query that may attend to nothing. A NaN among a query's bias values makes its own output NaN,
-        if it has a window of that sensor, and no other query's.
+        [B, H, Q, D]; zero for a query that may attend to nothing. A NaN or an infinity among a query's bias values makes its own
+        output NaN and no other query's; under a global bias, -inf takes the sensor from the query.
 
     Raises:
         ValueError: the scale is not positive, or the plan of the bias belongs to other windows.
