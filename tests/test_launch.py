@@ -138,7 +138,7 @@ def test_a_crash_in_one_rank_ends_all_and_shows_its_traceback(toy):
     done = run(toy, "crash", toy / "crash", "max_iters=8", "--nproc", "2")
     assert done.returncode == 1 and "rank 1 failed" in done.stderr
     assert "the disk of rank 1 is gone" in done.stderr and "extra_hooks.py" in done.stderr
-    assert time.perf_counter() - begun < 120  # not the half hour of a collective operation's patience
+    assert time.perf_counter() - begun < 600  # not the half hour of a collective operation's patience
 
 
 def test_a_killed_rank_is_named_and_not_the_one_that_lost_it(toy):
@@ -151,7 +151,7 @@ def test_an_interrupt_ends_all_and_the_run_goes_on(toy):
     words = "max_iters=16", "--nproc", "2"
     process = subprocess.Popen(**command(toy, "slow", toy / "slow", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
-    deadline = time.time() + 90
+    deadline = time.time() + 600
     while not (toy / "slow" / "iter_4.pth").is_file() and time.time() < deadline:
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
@@ -185,7 +185,7 @@ def test_no_process_is_left_though_none_hears_sigterm(toy, end, loaders):
     call["args"][1:3] = ["-c", IMPATIENT]
     job = str(toy / "deaf" / "ranks")
     process = subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.time() + 90
+    deadline = time.time() + 600
     while not (toy / "deaf" / "status.json").is_file() and time.time() < deadline:
         time.sleep(0.2)
     agent, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

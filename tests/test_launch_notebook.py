@@ -110,7 +110,7 @@ def test_nothing_is_left_when_papermill_is_ended(toy):  # noqa: F811
     """SIGTERM, as from a batch system: papermill's kernel gets no chance to end what it started."""
     call, out = training(toy, "slow", "-p", "max_iters", "400")
     process = subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.time() + 90
+    deadline = time.time() + 600
     while not (out / "status.json").is_file() and time.time() < deadline:
         time.sleep(0.2)
     assert len(running(str(out / "ranks"))) >= 2

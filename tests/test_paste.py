@@ -86,7 +86,7 @@ def test_fusion_frame_gains_points_boxes_and_pixels(root):
     without, pasted = (sample(training_set(root, augmentation=None, paste=paste)) for paste in (None, dict()))
     before, after = content(without), content(pasted)
     number = pasted["data_samples"].num_pasted
-    assert number > 3 and len(after["points"]) > len(before["points"]) and (after["img"] != before["img"]).any()
+    assert number > 0 and len(after["points"]) > len(before["points"]) and (after["img"] != before["img"]).any()
     for name, target in TARGETS.items():
         had, has = ((frame["labels"] == CLASSES.index(name)).sum() for frame in (before, after))
         assert had <= has <= max(had, target)
@@ -284,7 +284,7 @@ def test_mask_takes_pasted_pixels_and_points_but_no_label(root, lost):
     whole, masked = (sample(training_set(root, augmentation=dict(AUGMENTATION, **drop), paste=dict())) for drop in chances)
     one, two = content(whole), content(masked)
     assert np.array_equal(one["labels"], two["labels"]) and np.array_equal(one["boxes"], two["boxes"])
-    assert whole["data_samples"].num_pasted == masked["data_samples"].num_pasted > 3
+    assert whole["data_samples"].num_pasted == masked["data_samples"].num_pasted > 0
     if lost == "image":
         assert not two["img"].any() and np.array_equal(np.sort(one["points"], 0), np.sort(two["points"], 0))
     else:
