@@ -117,6 +117,45 @@ def test_triton_says_what_is_missing(monkeypatch):
         window_attention(*attention_inputs(windows), windows, backend="triton")
 
 
+LARGE_WINDOWS = """
+import torch
+from cmtaqr.attention.window import window_attention
+from cmtaqr.geometry import TokenLayout, Windows
+
+torch.manual_seed(0)
+for layout in (TokenLayout((9, 12), None), TokenLayout((5, 4), (2, 3, 6))):
+    cells = torch.randint(-40, 50, (1, 12, layout.num_maps, 2))
+    cells[:, :6] = cells[:, :6] % 3                                                    # on the map
+    inputs = [torch.randn(1, 1, n, 16).requires_grad_() for n in (12, layout.num_keys, layout.num_keys)]
+    for size in (65536, 2**31, 2**40, 46341, 46340, 11, 12, 13, 14, 23, 24, 25, 26, 70, 71):
+        windows = Windows(layout, cells, torch.ones(1, 12, layout.num_maps) > 0, (size,) * layout.num_maps)
+        results = []
+        for backend in ("triton", "reference"):
+            out = window_attention(*inputs, windows, backend)
+            results.append((out, *torch.autograd.grad(out.cos().sum(), inputs)))
+        for ours, expected in zip(*results):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert results[0][0][:, :, :6].abs().amin() > 0, size
+"""
+
+
+def test_windows_larger_than_the_map():
+    """In the interpreter, on centres on and off the map; a loop over all cells of such a window would take hours."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install triton to run its interpreter")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LARGE_WINDOWS], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_refuse_windows_whose_cells_they_cannot_count(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layout = TokenLayout((1, 50000), None)
+    windows = Windows(layout, torch.zeros(1, 2, 1, 2, dtype=torch.long), torch.ones(1, 2, 1) > 0, (60000,))
+    with pytest.raises(RuntimeError, match="backend='triton': the kernels take windows of at most 46340 cells, got 50000"):
+        window_attention(*attention_inputs(windows), windows, backend="triton")
+
+
 def test_import_needs_no_triton():
     code = ("import sys; sys.modules['triton'] = None\n"
             "import cmtaqr.router, cmtaqr.attention.window_benchmark as b; sys.exit(b.main([]))")

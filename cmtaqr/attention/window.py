@@ -6,6 +6,8 @@
 __all__ = ['window_attention']
 
 # %% ../../nbs/14c_window.ipynb #0f7e5f31
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -33,6 +35,30 @@ def _obstacle(q, k, v):
     if _has_tangent(q, k, v):
         return 'the kernels have no forward-mode derivatives'
     return _no_triton(q, 'tensors')
+
+# %% ../../nbs/14c_window.ipynb #b9d3c772
+_MAX_SIZE = 46340    # cells; the square of more does not fit into 32 bits
+
+
+def _fitted(windows):
+    """The same keys from windows that are not larger than their map, up to one cell."""
+    cells, sizes = [], []
+    for start, stop, size, rows, cols in windows.groups():
+        part, side = windows.cells[:, :, start:stop], max(rows, cols)
+        side += (size - side) % 2
+        if size > side:
+            lost = (size - side) // 2
+            axes = zip(part.long().unbind(-1), (rows, cols))
+            part = torch.stack([cell - (cell - (n - 1) // 2).clamp(-lost, lost) for cell, n in axes], -1)
+        cells.append(part)
+        sizes += [min(size, side)] * (stop - start)
+    return windows if tuple(sizes) == windows.sizes else replace(windows, cells=torch.cat(cells, 2), sizes=tuple(sizes))
+
+
+def _window_obstacle(q, k, v, windows):
+    if max(windows.sizes) > _MAX_SIZE:
+        return f'the kernels take windows of at most {_MAX_SIZE} cells, got {max(windows.sizes)} on a map of that size'
+    return _obstacle(q, k, v)
 
 # %% ../../nbs/14c_window.ipynb #2d77deef
 def _plan(windows):
@@ -155,10 +181,13 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend:
     if backend not in ('auto', 'triton', 'reference'):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'reference'")
     _check_windows(q, k, v, windows)
-    obstacle = None if backend == 'reference' else _obstacle(q, k, v)
+    if backend == 'reference' or backend == 'auto' and not q.is_cuda:
+        return window_attention_reference(q, k, v, windows)
+    fitted = _fitted(windows)
+    obstacle = _window_obstacle(q, k, v, fitted)
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
-    if backend == 'triton' or backend == 'auto' and q.is_cuda and not obstacle:
-        inputs = q, k, v, windows.cells, windows.seen, _plan(windows)
-        return _window_attention(*inputs)[0] if observed(q) else _Eager.apply(*inputs)
-    return window_attention_reference(q, k, v, windows)
+    if obstacle:
+        return window_attention_reference(q, k, v, windows)
+    inputs = q, k, v, fitted.cells, fitted.seen, _plan(fitted)
+    return _window_attention(*inputs)[0] if observed(q) else _Eager.apply(*inputs)
