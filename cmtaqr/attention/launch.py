@@ -15,6 +15,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _COMPILED = {}
 
 
+def _takes_constants():
+    """Whether compiled kernels take the constants too: since Triton 3.3."""
+    import triton
+    return tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 3)
+
+
 def _start(compiled, kernel, programs, *arguments, **options):
     if not programs:
         return
@@ -23,7 +29,7 @@ def _start(compiled, kernel, programs, *arguments, **options):
         known[0][programs, 1, 1](*arguments, *known[1])
     else:
         result = kernel[(programs,)](*arguments, **options)
-        if result is not None:  # the interpreter compiles nothing
+        if result is not None and _takes_constants():  # the interpreter compiles nothing
             compiled[kernel] = result, [options[p.name] for p in kernel.params if p.is_constexpr]
 
 
