@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmtaqr.attention import attention_reference, biased_attention, window_attention_reference
+from cmtaqr.attention import attention_reference, biased_attention, dispatch, planned, window_attention_reference
 from cmtaqr.bias import AttentionBiasGenerator, LocalBias
 from cmtaqr.geometry import TokenLayout, Windows
 from cmtaqr.router import AQRWeightGenerator
@@ -108,6 +108,32 @@ def test_what_does_not_fit_is_refused(error, message, change, biased, masked):
                  key_mask=torch.zeros(2, 90) > 0 if masked else None)
     with pytest.raises(error, match=message):
         biased_attention(**right | change)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_map_beyond_the_kernels_goes_another_way(monkeypatch):
+    """`auto` and `planned` do without them, 'triton' says why."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    import cmtaqr.attention.plan  # noqa: F401  before the interpreter is chosen, which should not outlive this test
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layout = TokenLayout((1300, 1300), None)
+    q, k = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16).expand(-1, -1, layout.num_keys, -1)
+    v = torch.arange(layout.num_keys, dtype=torch.float32)[:, None].expand(1, 1, -1, 16)
+    windows = Windows(layout, torch.zeros(1, 1, 1, 2, dtype=torch.long), torch.ones(1, 1, 1) > 0, (3,))
+    bias = LocalBias(windows, torch.full((1, 1, 2), 20.0))
+    with pytest.raises(RuntimeError, match="backend='triton': the kernels find a key on maps of at most 1677721 cells"):
+        biased_attention(q, k, v, bias, backend="triton")
+    gpu = q.as_subclass(OnGpu)
+    assert planned(bias, gpu) is bias
+    expected = attention_reference(q, k, v, bias)
+    assert torch.equal(biased_attention(gpu, k, v, bias).as_subclass(torch.Tensor), expected) and expected.max() < 2000
+    everywhere = LocalBias(windows, bias.value, is_global=True)                        # of which no plan is made
+    assert dispatch._triton_obstacle(q, k, v, everywhere, None, 0.0) is None
 
 
 def test_transforms_and_fake_tensors_see_the_same_attention():

@@ -69,6 +69,14 @@ def _check_places(q, k, v, bias, attn_mask, key_mask, layout):
 _MAX_PROGRAMS = 65535    # along the second and the third axis of a GPU's grid
 
 
+def _map_obstacle(bias):
+    """Why the plan of a bias cannot be made on its maps; None if it can, or if there is none to make. Needs Triton."""
+    from cmtaqr.attention.plan import MAX_MAP_KEYS
+    if bias is None or bias.is_global or max(rows * cols for rows, cols in bias.windows.layout.maps) <= MAX_MAP_KEYS:
+        return None
+    return f'the kernels find a key on maps of at most {MAX_MAP_KEYS} cells, got maps of {bias.windows.layout.maps}'
+
+
 def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
     """Why the fused kernels cannot compute this; None if they can."""
     if attn_mask is not None:
@@ -81,7 +89,7 @@ def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
                 f'{q.shape[1]}: give them fewer samples at a time')
     if bias is not None and _has_tangent(bias.value):
         return 'the kernels have no forward-mode derivatives'
-    return _obstacle(q, k, v)
+    return _obstacle(q, k, v) or _map_obstacle(bias)
 
 
 def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
@@ -113,7 +121,7 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
 
     Args:
         bias: for `biased_attention`; returned as it is where the plan has no use: None, global, on a CPU, without Triton,
-            or with more samples than the kernels take.
+            or with more samples or larger maps than the kernels take.
         queries: a tensor on the device of the queries.
 
     Raises:
@@ -124,7 +132,7 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
     if not bias.windows.cells.device == bias.windows.seen.device == queries.device:
         raise ValueError(f'the queries are on {queries.device}, but the windows on {bias.windows.cells.device} (cells) and '
                          f'{bias.windows.seen.device} (seen): move them together')
-    if not queries.is_cuda or not _TRITON or 2 * len(bias.value) > _MAX_PROGRAMS:
+    if not queries.is_cuda or not _TRITON or 2 * len(bias.value) > _MAX_PROGRAMS or _map_obstacle(bias):
         return bias
     from cmtaqr.attention.fused import plan_bias
     return replace(bias, plan=plan_bias(bias))
