@@ -8,6 +8,7 @@ __all__ = ['BIAS_LIMIT', 'LocalBias', 'AttentionBiasGenerator', 'PRESETS']
 # %% ../nbs/02a_bias.ipynb #deb360f7
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ def _check_shape(name, values, windows):
         raise ValueError(f'{name} must be [B, Q, 2] = {want} (LiDAR, camera) for these windows, got {list(values.shape)}')
 
 
+def _positive_pair(value, name):
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, Real) and 0 < v < math.inf for v in pair):
+        raise ValueError(f'{name}={value!r}: expected one positive number, or two as [camera, lidar]')
+    return tuple(float(v) for v in pair)
+
+
 @dataclass(frozen=True)
 class LocalBias:
     """Additive attention bias, the same for all heads, held as two values per query and a window per map.
@@ -29,12 +37,13 @@ class LocalBias:
     Args:
         windows: where the bias acts.
         value: [B, Q, 2] bias inside the windows (LiDAR, camera), at least fp32; gradients flow into it.
-        sigma: (camera, lidar) widths of a Gaussian window, cells; None for a constant one.
+        sigma: width of a Gaussian window, cells; one number or (camera, lidar); None for a constant window.
         is_global: the bias acts on every key of the modality.
         plan: what `attention.planned` found out about the windows, for several calls with the same ones.
 
     Raises:
-        ValueError: `value` does not match the windows.
+        TypeError: `windows` or `value` is something else.
+        ValueError: `value` does not match the windows, or a width is not positive.
     """
     windows: Windows
     value: Tensor
@@ -43,7 +52,12 @@ class LocalBias:
     plan: tuple | None = None
 
     def __post_init__(self):
+        if not isinstance(self.windows, Windows) or not isinstance(self.value, Tensor):
+            raise TypeError('a LocalBias needs cmtaqr.geometry.Windows and a tensor of values, got '
+                            f'{type(self.windows).__name__} and {type(self.value).__name__}')
         _check_shape('bias values', self.value, self.windows)
+        if self.sigma is not None:
+            object.__setattr__(self, 'sigma', _positive_pair(self.sigma, 'sigma'))
 
     def dense(self, queries: slice = slice(None)) -> Tensor:
         """The bias of some queries as a matrix [B, q, K]: for teaching, tests, and attention in chunks of queries."""
@@ -70,13 +84,6 @@ class LocalBias:
 # %% ../nbs/02a_bias.ipynb #c210de65
 _all_ = ['PRESETS']  # the generator's presets, from `cmtaqr.scale`
 BIAS_LIMIT = 5.0
-
-
-def _positive_pair(value, name):
-    pair = (value, value) if isinstance(value, (int, float)) else tuple(value)
-    if len(pair) != 2 or not all(0 < v < math.inf for v in pair):
-        raise ValueError(f'{name}={value!r}: expected one positive number, or two as [camera, lidar]')
-    return tuple(float(v) for v in pair)
 
 
 def _check_weights(weights, scale, shown=5):

@@ -88,6 +88,10 @@ def test_gradient_of_weights_and_scale_through_attention():
     (TypeError, "key_mask must be a tensor, got ndarray", dict(key_mask=torch.zeros(2, 90).numpy())),
     (TypeError, "bias must be one .*LocalBias, got Tensor; a dense bias goes to", dict(bias=torch.zeros(2, 7, 90))),
     (TypeError, "bias must be one .*LocalBias, got list", dict(bias=[None])),
+    (ValueError, "dropout_p=None: must be a number from 0 to 1", dict(dropout_p=None)),
+    (ValueError, "dropout_p='a': must be", dict(dropout_p="a")),
+    (ValueError, "dropout_p=1.5: must be", dict(dropout_p=1.5)),
+    (ValueError, "dropout_p=nan: must be", dict(dropout_p=math.nan)),
     (TypeError, r"layout must be a .*TokenLayout\(lidar, camera\), got tuple", dict(layout=((6, 5), (3, 4, 5)))),
     (ValueError, "one floating-point dtype, got torch.int64, torch.int64, torch.int64",
      {name: torch.zeros(2, 2, n, 4, dtype=torch.long) for name, n in (("q", 7), ("k", 90), ("v", 90))}),
@@ -108,6 +112,44 @@ def test_what_does_not_fit_is_refused(error, message, change, biased, masked):
                  key_mask=torch.zeros(2, 90) > 0 if masked else None)
     with pytest.raises(error, match=message):
         biased_attention(**right | change)
+
+
+@pytest.mark.parametrize("error, message, call", [
+    (TypeError, "k must be a tensor, got list", lambda q, k, v, b: attention_reference(q, [k], v, b)),
+    (TypeError, "bias must be one .*LocalBias, got Tensor", lambda q, k, v, b: attention_reference(q, k, v, b.dense())),
+    (TypeError, "attn_mask must be a tensor, got list", lambda q, k, v, b: attention_reference(q, k, v, b, [[True]])),
+    (ValueError, "dropout_p=-0.1: must be", lambda q, k, v, b: attention_reference(q, k, v, b, dropout_p=-0.1)),
+    (ValueError, "chunk_size=2.5: must be an integer", lambda q, k, v, b: attention_reference(q, k, v, b, chunk_size=2.5)),
+    (ValueError, "seen of dtype bool, got torch.int64 and torch.uint8",
+     lambda q, k, v, b: attention_reference(q, k, v, LocalBias(changed(b.windows, seen=b.windows.seen.byte()), b.value))),
+    (TypeError, "q must be a tensor, got list", lambda q, k, v, b: window_attention_reference([q], k, v, b.windows)),
+    (TypeError, "windows must be a .*Windows, got LocalBias", lambda q, k, v, b: window_attention_reference(q, k, v, b)),
+    (ValueError, "cells of dtype int64 or int32 .* got torch.float32",
+     lambda q, k, v, b: window_attention_reference(q, k, v, changed(b.windows, cells=b.windows.cells.float()))),
+    (ValueError, "one floating-point dtype, got torch.float32, torch.float16",
+     lambda q, k, v, b: window_attention_reference(q, k.half(), v.half(), b.windows)),
+    (TypeError, "bias must be one .*LocalBias, got list", lambda q, k, v, b: planned([b], q)),
+    (TypeError, "queries must be a tensor, got list", lambda q, k, v, b: planned(b, [q])),
+    (TypeError, "tensor of values, got Windows and list", lambda q, k, v, b: LocalBias(b.windows, b.value.tolist())),
+    (TypeError, "tensor of values, got NoneType and Tensor", lambda q, k, v, b: LocalBias(None, b.value)),
+    *[(ValueError, "sigma=.*: expected one positive number, or two", lambda q, k, v, b, sigma=sigma: LocalBias(b.windows, b.value, sigma))
+      for sigma in (0, (0.0, 0.0), (-1.0, 1.0), (1.0, math.nan), (1.0, 2.0, 3.0), "wide")],
+])
+def test_other_functions_refuse_too(error, message, call):
+    q, k, v, value = (t.detach() for t in inputs(dtype=torch.float32))
+    with pytest.raises(error, match=message):
+        call(q, k, v, LocalBias(random_windows(LAYOUT, 2, 7, [4, 3]), value))
+
+
+def changed(windows, **changes):
+    return Windows(**{**vars(windows), **changes})
+
+
+def test_one_width_is_that_of_both_sensors():
+    q, k, v, value = inputs()
+    windows = random_windows(LAYOUT, 2, 7, [4, 3])
+    one, two = (biased_attention(q, k, v, LocalBias(windows, value, sigma=sigma)) for sigma in (2, (2.0, 2.0)))
+    assert torch.equal(one, two) and not torch.equal(one, biased_attention(q, k, v, LocalBias(windows, value)))
 
 
 class OnGpu(torch.Tensor):

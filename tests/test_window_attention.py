@@ -73,6 +73,19 @@ def test_cpu_takes_the_reference():
         assert torch.equal(window_attention(q, k, v, windows), window_attention_reference(q, k, v, windows))
 
 
+def test_autocast_decides_the_dtype():
+    """As it does for `biased_attention`, also of inputs that it has in part."""
+    windows = random_windows(SMALL, 2, 9, [4, 3])
+    q, k, v = attention_inputs(windows)
+    expected = window_attention(*(t.bfloat16() for t in (q, k, v)), windows)
+    with torch.autocast("cpu", torch.bfloat16):
+        for inputs in ((q, k, v), (q, k.bfloat16(), v)):
+            assert torch.equal(window_attention(*inputs, windows), expected)
+        assert window_attention(q.double(), k.double(), v.double(), windows).dtype == torch.float64
+        with pytest.raises(ValueError, match="one floating-point dtype, got torch.float64, torch.bfloat16"):
+            window_attention(q.double(), k, v, windows)
+
+
 def replaced(windows, **changes):
     return Windows(**{**vars(windows), **changes})
 
@@ -80,6 +93,7 @@ def replaced(windows, **changes):
 @pytest.mark.parametrize("error, message, change", [
     (ValueError, r"backend='cuda': choose 'auto', 'triton' or 'reference'", lambda q, k, v, w: (q, k, v, w, "cuda")),
     (ValueError, r"needs q \[B, H, Q, D\] and k, v \[B, H, K, D\], got \[2, 9, 16\]", lambda q, k, v, w: (q[:, 0], k, v, w)),
+    (TypeError, r"q must be a tensor, got list", lambda q, k, v, w: (q.tolist(), k, v, w)),
     (ValueError, r"needs q .* got .*\[2, 2, 288, 8\]", lambda q, k, v, w: (q, k[..., :8], v[..., :8], w)),
     (ValueError, r"\(2, 9, 288\), but q and k hold \(2, 9, 287\)", lambda q, k, v, w: (q, k[:, :, 1:], v[:, :, 1:], w)),
     (ValueError, r"\(2, 9, 288\), but q and k hold \(2, 8, 288\)", lambda q, k, v, w: (q[:, :, 1:], k, v, w)),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .flex import flex_biased_attention
 from .launch import observed
-from .lowrank import _attend, _autocast, flash_bias, global_bias_factors
-from .reference import _check_bias, _check_dtypes, _check_heads, _check_mask, attention_reference
-from .window import _check_cells, _has_tangent, _obstacle
+from .lowrank import _attend, flash_bias, global_bias_factors
+from .reference import (_autocast, _check_bias, _check_dropout, _check_dtypes, _check_heads, _check_mask,
+                                        _check_tensors, _check_types, attention_reference)
+from .window import _has_tangent, _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
 
@@ -36,17 +37,6 @@ def _sdpa(q, k, v, bias, attn_mask, dropout_p):
     return out if dead is None else out.masked_fill(dead.unsqueeze(-3), 0)
 
 
-def _check_types(bias, layout, **tensors):
-    for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
-    if bias is not None and not isinstance(bias, LocalBias):
-        raise TypeError(f'bias must be one cmtaqr.bias.LocalBias, got {type(bias).__name__}; '
-                        'a dense bias goes to torch.nn.functional.scaled_dot_product_attention')
-    if layout is not None and not isinstance(layout, TokenLayout):
-        raise TypeError(f'layout must be a cmtaqr.geometry.TokenLayout(lidar, camera), got {type(layout).__name__}')
-
-
 def _check_places(q, k, v, bias, attn_mask, key_mask, layout):
     if bias is not None:
         _check_bias(q, k, bias.windows)
@@ -62,8 +52,6 @@ def _check_places(q, k, v, bias, attn_mask, key_mask, layout):
     if any(t.device != q.device for t in others):
         raise ValueError(f'q is on {q.device}, but k, v, the masks or the bias on {[str(t.device) for t in others]}: '
                          'move them together')
-    if bias is not None:
-        _check_cells(bias.windows)
 
 
 _MAX_PROGRAMS = 65535    # along the second and the third axis of a GPU's grid
@@ -125,8 +113,11 @@ def planned(bias: LocalBias | None, queries: Tensor) -> LocalBias | None:
         queries: a tensor on the device of the queries.
 
     Raises:
+        TypeError: something else than a `LocalBias` and a tensor.
         ValueError: the windows are on another device.
     """
+    _check_types(bias)
+    _check_tensors(queries=queries)
     if bias is None or bias.is_global:
         return bias
     if not bias.windows.cells.device == bias.windows.seen.device == queries.device:
@@ -162,13 +153,14 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
 
     Raises:
         TypeError: something else than a tensor, a `LocalBias` or a `TokenLayout`.
-        ValueError: unknown backend; shapes, dtypes or devices that do not fit.
+        ValueError: unknown backend; shapes, dtypes or devices that do not fit; dropout out of range.
         RuntimeError: the backend asked for cannot do it; the message says why.
     """
     if backend not in _BACKENDS:
         raise ValueError(f'backend={backend!r}: choose one of {", ".join(map(repr, _BACKENDS))}')
-    _check_types(bias, layout, q=q, k=k, v=v, attn_mask=attn_mask, key_mask=key_mask)
     _check_heads(q, k, v)
+    _check_types(bias, layout, attn_mask=attn_mask, key_mask=key_mask)
+    _check_dropout(dropout_p)
     _check_places(q, k, v, bias, attn_mask, key_mask, layout)
     q, k, v = _autocast(q, k, v)
     _check_dtypes(q, k, v)

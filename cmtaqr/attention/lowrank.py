@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .reference import _check_heads
+from .reference import _autocast, _check_dropout, _check_dtypes, _check_heads, _check_tensors
 from ..bias import LocalBias
 from ..geometry import _installed
 
@@ -39,15 +39,6 @@ def _flash_obstacle(q, k, channels, backend):
     if backend in ('flash', 'flash_attn') and q.is_cuda and channels > _MAX_CHANNELS:
         return f'it takes {_MAX_CHANNELS} channels at most, and head dimension, factors and padding make {channels}'
     return None
-
-
-def _autocast(*tensors):
-    """The tensors in autocast's dtype, if it is on; float64 stays, as it does in PyTorch's own attention."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _round_up(channels):
@@ -93,14 +84,16 @@ def _channels(q_bias, k_bias, dtype, scale, split):
     return (q_high, q_low, q_high), (k_high, k_high, k_low)
 
 
-def _check_factors(q, k, q_bias, k_bias):
+def _check_factors(q, k, v, q_bias, k_bias):
+    _check_tensors(q_bias=q_bias, k_bias=k_bias)
+    for name, tensor in (('k', k), ('v', v), ('q_bias', q_bias), ('k_bias', k_bias)):
+        if tensor.device != q.device:
+            raise ValueError(f'{name} is on {tensor.device}, but q on {q.device}: move them together')
     for name, factor, tokens in (('q_bias', q_bias, q), ('k_bias', k_bias, k)):
         batch, heads, length, _ = tokens.shape
         fits = factor.dim() == 4 and factor.shape[0] in (1, batch) and factor.shape[1] in (1, heads)
         if not fits or factor.shape[2] != length:
             raise ValueError(f'{name} must be [{batch} or 1, {heads} or 1, {length}, R], got {list(factor.shape)}')
-        if factor.device != tokens.device:
-            raise ValueError(f'{name} is on {factor.device}, but q and k on {tokens.device}: move them together')
     if q_bias.shape[3] != k_bias.shape[3]:
         raise ValueError(f'q_bias and k_bias need the same rank R, got {q_bias.shape[3]} and {k_bias.shape[3]}')
 
@@ -124,7 +117,8 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
         [B, H, Q, D] in q's dtype (autocast's, where it is on and q is not float64). Gradients flow to all five tensors.
 
     Raises:
-        ValueError: unknown backend; shapes or devices that do not fit; a scale that is not positive.
+        TypeError: something else than a tensor.
+        ValueError: unknown backend; shapes, dtypes or devices that do not fit; a scale that is not positive; dropout out of range.
         RuntimeError: the backend cannot do it; the message says why.
 
     Source: the factors of FlashBias (NeurIPS 2025).
@@ -132,11 +126,13 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
     if backend not in _BACKENDS:
         raise ValueError(f'backend={backend!r}: choose one of {", ".join(map(repr, _BACKENDS))}')
     _check_heads(q, k, v)
-    _check_factors(q, k, q_bias, k_bias)
+    _check_factors(q, k, v, q_bias, k_bias)
+    _check_dropout(dropout_p)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f'scale={scale}: must be positive, the factor of the queries is divided by it')
     q, k, v = _autocast(q, k, v)
+    _check_dtypes(q, k, v)
     return _attend(q, k, v, scale, backend, dropout_p, *_channels(q_bias, k_bias, q.dtype, scale, split))
 
 # %% ../../nbs/15b_lowrank.ipynb #404b3edf

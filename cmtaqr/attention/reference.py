@@ -6,16 +6,34 @@
 __all__ = ['CHUNK_BYTES', 'attention_reference', 'window_attention_reference']
 
 # %% ../../nbs/10_reference.ipynb #b5fd0deb
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..bias import LocalBias
-from ..geometry import Windows
+from ..geometry import TokenLayout, Windows
 
 # %% ../../nbs/10_reference.ipynb #619c5f58
+def _check_tensors(**tensors):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
+
+
+def _check_types(bias=None, layout=None, **tensors):
+    _check_tensors(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
+    if bias is not None and not isinstance(bias, LocalBias):
+        raise TypeError(f'bias must be one cmtaqr.bias.LocalBias, got {type(bias).__name__}; '
+                        'a dense bias goes to torch.nn.functional.scaled_dot_product_attention')
+    if layout is not None and not isinstance(layout, TokenLayout):
+        raise TypeError(f'layout must be a cmtaqr.geometry.TokenLayout(lidar, camera), got {type(layout).__name__}')
+
+
 def _check_heads(q, k, v):
+    _check_tensors(q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError('attention needs q [B, H, Q, D] and k, v [B, H, K, D], '
                          f'got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}')
@@ -30,6 +48,19 @@ def _check_bias(q, k, windows):
     expected, found = (q.shape[0], q.shape[2], k.shape[2]), (*windows.seen.shape[:2], windows.layout.num_keys)
     if expected != found:
         raise ValueError(f'the windows describe (batch, queries, keys) = {found}, but q and k hold {expected}')
+    if windows.cells.dtype not in (torch.int32, torch.int64) or windows.seen.dtype != torch.bool:
+        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {windows.cells.dtype} '
+                         f'and {windows.seen.dtype}')
+
+
+def _check_windows(q, k, v, windows):
+    _check_heads(q, k, v)
+    if not isinstance(windows, Windows):
+        raise TypeError(f'windows must be a cmtaqr.geometry.Windows, got {type(windows).__name__}')
+    _check_bias(q, k, windows)
+    if len({t.device for t in (q, k, v, windows.cells, windows.seen)}) > 1:
+        raise ValueError(f'q, k, v and the windows must be on one device, got {q.device}, {k.device}, {v.device}, '
+                         f'{windows.cells.device} (cells) and {windows.seen.device} (seen)')
 
 
 def _check_mask(q, k, mask):
@@ -39,14 +70,28 @@ def _check_mask(q, k, mask):
         raise ValueError(f'attn_mask must be [Q, K] or [B, Q, K], got {list(mask.shape)}: q {list(q.shape)}, k {list(k.shape)}')
 
 
+def _check_dropout(dropout_p):
+    if not isinstance(dropout_p, Real) or not 0 <= dropout_p <= 1:
+        raise ValueError(f'dropout_p={dropout_p!r}: must be a number from 0 to 1')
+
+
+def _autocast(*tensors):
+    """The tensors in autocast's dtype, if it is on; float64 stays, as it does in PyTorch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
 CHUNK_BYTES = 2**28
 
 
 def _in_chunks(function, queries, chunk_size, query_bytes, tensors, preserve_rng_state):
     """Concatenate function(slice, *tensors) over slices of the queries; several are recomputed in the backward pass, if any."""
     chunk_size = max(1, CHUNK_BYTES // max(query_bytes, 1)) if chunk_size is None else chunk_size
-    if chunk_size < 1:
-        raise ValueError(f'chunk_size={chunk_size}: must be at least 1')
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f'chunk_size={chunk_size}: must be an integer of at least 1')
     if queries <= chunk_size:
         return function(slice(0, queries), *tensors)
     chunks = [slice(i, min(i + chunk_size, queries)) for i in range(0, queries, chunk_size)]
@@ -74,10 +119,13 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         [B, H, Q, D] in q's dtype; zero for a query that may attend to nothing.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the mask is not bool.
+        TypeError: something else than a tensor or a `LocalBias`.
+        ValueError: shapes or dtypes do not fit, the mask is not bool, or a number is out of range.
     """
     _check_heads(q, k, v)
+    _check_types(bias, attn_mask=attn_mask)
     _check_dtypes(q, k, v)
+    _check_dropout(dropout_p)
     if bias is not None:
         _check_bias(q, k, bias.windows)
     if attn_mask is not None:
@@ -119,10 +167,11 @@ def window_attention_reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows
         [B, H, Q, D] in q's dtype; zero for a query whose windows are all empty.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError: something else than tensors and `Windows`.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check_heads(q, k, v)
-    _check_bias(q, k, windows)
+    _check_windows(q, k, v, windows)
+    _check_dtypes(q, k, v)
     batch, heads, queries, dim = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     index, valid = windows.keys(windows.max_views())

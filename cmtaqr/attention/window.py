@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .launch import observed
-from .reference import _check_bias, _check_dtypes, _check_heads, window_attention_reference
+from .reference import _autocast, _check_dtypes, _check_windows, window_attention_reference
 from ..geometry import Windows, _no_triton
 
 # %% ../../nbs/14c_window.ipynb #965f96ba
@@ -141,24 +141,6 @@ class _Eager(torch.autograd.Function):
         return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None
 
 # %% ../../nbs/14c_window.ipynb #41c393c6
-def _check_cells(windows):
-    if windows.cells.dtype not in (torch.int32, torch.int64) or windows.seen.dtype != torch.bool:
-        raise ValueError(f'windows need cells of dtype int64 or int32 and seen of dtype bool, got {windows.cells.dtype} '
-                         f'and {windows.seen.dtype}')
-
-
-def _check_windows(q, k, v, windows):
-    _check_heads(q, k, v)
-    if not isinstance(windows, Windows):
-        raise TypeError(f'windows must be a cmtaqr.geometry.Windows, got {type(windows).__name__}')
-    _check_bias(q, k, windows)
-    _check_dtypes(q, k, v)
-    if len({t.device for t in (q, k, v, windows.cells, windows.seen)}) > 1:
-        raise ValueError(f'q, k, v and the windows must be on one device, got {q.device}, {k.device}, {v.device}, '
-                         f'{windows.cells.device} (cells) and {windows.seen.device} (seen)')
-    _check_cells(windows)
-
-
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend: str = 'auto') -> Tensor:
     """Attention of every query to the keys in its windows only.
 
@@ -171,16 +153,18 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend:
             'auto' takes the kernels on a GPU where they know dtype and head dimension, and the reference elsewhere.
 
     Returns:
-        [B, H, Q, D] in q's dtype; zero, with zero gradients, for a query whose windows are all empty.
+        [B, H, Q, D] in q's dtype (autocast's, where it is on and q is not float64); zero, with zero gradients, for a query whose windows are all empty.
 
     Raises:
-        TypeError: `windows` is something else.
+        TypeError: something else than tensors and `Windows`.
         ValueError: unknown backend; shapes, dtypes or devices that do not fit.
         RuntimeError: backend 'triton' cannot do it; the message says why.
     """
     if backend not in ('auto', 'triton', 'reference'):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'reference'")
     _check_windows(q, k, v, windows)
+    q, k, v = _autocast(q, k, v)
+    _check_dtypes(q, k, v)
     if backend == 'reference' or backend == 'auto' and not q.is_cuda:
         return window_attention_reference(q, k, v, windows)
     fitted = _fitted(windows)
