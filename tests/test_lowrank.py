@@ -101,6 +101,24 @@ def test_split_factors_keep_the_bias(dtype):
         assert at_least < (0.25 * rows @ columns.mT - exact).abs().max() / exact.abs().max() < at_most
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype, forbidden", [(torch.float16, -1e4), (torch.float16, 3e4), (torch.float16, -1e9),
+                                              (torch.bfloat16, -1e4), (torch.float32, torch.finfo(torch.float32).min)])
+def test_factors_of_a_mask_do_not_overflow(dtype, forbidden, split):
+    """The factor of the queries is large, or that of the keys: both to twice the error of the dense bias in the same dtype."""
+    inputs = tokens(dim=64, dtype=dtype)
+    rows, columns = torch.full((1, 1, 7, 1), forbidden), (torch.arange(50) % 3 == 0).float()[None, None, :, None]
+    expected = dense_attention(*(t.double() for t in inputs), rows.double(), columns.double())
+    exact = expected, *gradients(expected, inputs)
+    dense = F.scaled_dot_product_attention(*inputs, attn_mask=(rows.clamp(min=-6e4) @ columns.mT).to(dtype))
+    usual = dense, *gradients(dense, inputs)
+    for factors in ((rows, columns), (rows.sign(), columns * abs(forbidden))):
+        out = flash_bias(*inputs, *factors, split=split)
+        for a, b, c in zip((out, *gradients(out, inputs)), usual, exact):
+            error, allowed = ((t.double() - c).square().mean().sqrt() for t in (a, b))
+            assert error <= 2 * allowed + 1e-7
+
+
 def test_split_changes_nothing_where_nothing_is_rounded():
     inputs = *tokens(dtype=torch.float32), *factors(dtype=torch.float32)
     assert torch.equal(flash_bias(*inputs, split=True), flash_bias(*inputs))
@@ -148,6 +166,7 @@ def test_nothing_to_attend_to():
     (dict(scale=0.0), ValueError, "scale=0.0: must be positive"),
     (dict(scale=-1.0), ValueError, "must be positive"),
     (dict(scale=math.nan), ValueError, "must be positive"),
+    (dict(scale=math.inf), ValueError, "must be positive and finite"),
     (dict(q_bias=normal(2, 3, 7, 3)), ValueError, "same rank R, got 3 and 2"),
     (dict(q_bias=normal(2, 2, 7, 2)), ValueError, r"q_bias must be \[2 or 1, 3 or 1, 7, R\]"),
     (dict(k_bias=normal(1, 1, 49, 2)), ValueError, r"k_bias must be \[2 or 1, 3 or 1, 50, R\], got \[1, 1, 49, 2\]"),
@@ -245,9 +264,12 @@ def test_factors_keep_dtype_and_count_their_rounding():
     (torch.ones(4), dict(rank=1), "bias must be"),
     (torch.full((3, 4), math.inf), dict(rank=1), "all finite"),
     (torch.ones(0, 4), dict(rank=1), "bias must be"),
+    (torch.ones(3, 4), dict(rank=2.5), "rank must lie in 1...3, whole"),
+    (torch.tensor([[1, 2, 3], [2, 4, 6]]), dict(rank=1), "floating-point dtype.* got torch.int64"),
+    ([[1.0]], dict(rank=1), "bias must be a tensor, got list"),
 ])
 def test_decompose_refuses(matrix, options, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         decompose(matrix, **options)
 
 

@@ -6,6 +6,8 @@
 __all__ = ['flash_bias', 'global_bias_factors', 'DecompositionError', 'decompose']
 
 # %% ../../nbs/15b_lowrank.ipynb #caa55f5d
+import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -74,9 +76,10 @@ def _attend(q, k, v, scale, backend, dropout_p, q_parts=(), k_parts=()):
 
 # %% ../../nbs/15b_lowrank.ipynb #53e132a4
 def _channels(q_bias, k_bias, dtype, scale, split):
-    """Factors as channels of q and of k in their dtype, with the scale taken out."""
+    """Factors as channels of q and of k in their dtype, with the scale taken out of both and cut off at the largest number."""
     exact = torch.promote_types(torch.promote_types(q_bias.dtype, k_bias.dtype), torch.promote_types(dtype, torch.float32))
-    q_exact, k_exact = q_bias.to(exact) / scale, k_bias.to(exact)
+    share, most = 2.0 ** round(-math.log2(scale) / 2), torch.finfo(dtype).max
+    q_exact, k_exact = (x.clamp(-most, most) for x in (q_bias.to(exact) / (share * scale), k_bias.to(exact) * share))
     q_high, k_high = q_exact.to(dtype), k_exact.to(dtype)
     if not split or exact == dtype:
         return (q_high,), (k_high,)
@@ -129,8 +132,8 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
     _check_factors(q, k, v, q_bias, k_bias)
     _check_dropout(dropout_p)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f'scale={scale}: must be positive, the factor of the queries is divided by it')
+    if not 0 < scale < math.inf:
+        raise ValueError(f'scale={scale}: must be positive and finite, the factor of the queries is divided by it')
     q, k, v = _autocast(q, k, v)
     _check_dtypes(q, k, v)
     return _attend(q, k, v, scale, backend, dropout_p, *_channels(q_bias, k_bias, q.dtype, scale, split))
@@ -170,7 +173,7 @@ def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = N
     """Best factors of a bias matrix, for `flash_bias`; computed in float64, without gradients.
 
     Args:
-        bias: [..., Q, K] matrix; finite.
+        bias: [..., Q, K] floating-point matrix; finite.
         rank: rank R of the factors.
         tolerance: instead of a rank: take the smallest whose Frobenius error is at most this part of the norm, for every matrix.
 
@@ -178,16 +181,21 @@ def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = N
         q_bias [..., Q, R] and k_bias [..., K, R] in the dtype of the matrix, and their error.
 
     Raises:
-        ValueError: neither or both of rank and tolerance; a rank that the matrix cannot have; a negative tolerance; entries that
+        TypeError: `bias` is no tensor.
+        ValueError: a matrix of integers; neither or both of rank and tolerance; a rank that the matrix cannot have; a negative tolerance; entries that
             are not finite.
     """
+    _check_tensors(bias=bias)
+    if not bias.is_floating_point():
+        raise ValueError(f'bias must be of a floating-point dtype, which its factors keep, got {bias.dtype}: convert it')
     if bias.dim() < 2 or not bias.numel() or not bias.isfinite().all():
         raise ValueError(f'bias must be [..., Q, K] with entries that are all finite, got {list(bias.shape)}')
     full = min(bias.shape[-2:])
     if (rank is None) == (tolerance is None):
         raise ValueError(f'give a rank or a tolerance, got rank={rank}, tolerance={tolerance}')
-    if tolerance is not None and not tolerance >= 0 or rank is not None and not 1 <= rank <= full:
-        raise ValueError(f'rank must lie in 1...{full} and tolerance be 0 or more, got rank={rank}, tolerance={tolerance}')
+    if tolerance is not None and not tolerance >= 0 or rank is not None and not (
+            isinstance(rank, Integral) and 1 <= rank <= full):
+        raise ValueError(f'rank must lie in 1...{full}, whole, and tolerance be 0 or more, got rank={rank}, tolerance={tolerance}')
     left, size, right = torch.linalg.svd(bias.double(), full_matrices=False)
     if rank is None:
         # entry r: what factors of rank r + 1 leave out

@@ -89,8 +89,9 @@ CHUNK_BYTES = 2**28
 
 def _in_chunks(function, queries, chunk_size, query_bytes, tensors, preserve_rng_state):
     """Concatenate function(slice, *tensors) over slices of the queries; several are recomputed in the backward pass, if any."""
-    chunk_size = max(1, CHUNK_BYTES // max(query_bytes, 1)) if chunk_size is None else chunk_size
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_BYTES // max(query_bytes, 1))
+    elif not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f'chunk_size={chunk_size}: must be an integer of at least 1')
     if queries <= chunk_size:
         return function(slice(0, queries), *tensors)
