@@ -1,5 +1,10 @@
 """Attention with a local bias against a literal loop and float64; the router; both on the GPU where there is one."""
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +181,38 @@ def test_a_map_beyond_the_kernels_goes_another_way(monkeypatch):
     assert torch.equal(biased_attention(gpu, k, v, bias).as_subclass(torch.Tensor), expected) and expected.max() < 2000
     everywhere = LocalBias(windows, bias.value, is_global=True)                        # of which no plan is made
     assert dispatch._triton_obstacle(q, k, v, everywhere, None, 0.0) is None
+
+
+WIDENED = """
+import torch
+from cmtaqr.attention import attention_reference, biased_attention, fused
+from test_attention import LAYOUT, LocalBias, OnGpu, random_windows
+
+kernels, taken = fused.fused_attention, []
+fused.fused_attention = lambda q, *rest: taken.append(q.shape[3]) or kernels(q, *rest)
+windows = random_windows(LAYOUT, 1, 9, [4, 3])
+torch.manual_seed(0)
+for dim in (8, 24, 96, 136):
+    inputs = [torch.randn(1, 2, n, dim).requires_grad_() for n in (9, LAYOUT.num_keys, LAYOUT.num_keys)]
+    inputs.append(torch.randn(1, 9, 2).requires_grad_())
+    results = []
+    for attend, q in ((biased_attention, inputs[0].as_subclass(OnGpu)), (attention_reference, inputs[0])):
+        out = attend(q, *inputs[1:3], LocalBias(windows, inputs[3], sigma=(1.0, 2.0))).as_subclass(torch.Tensor)
+        results.append((out, *torch.autograd.grad(out.cos().sum(), inputs)))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+assert taken == [16, 32, 128], taken                                                   # none for 136
+"""
+
+
+def test_other_head_dimensions_are_filled_up_for_the_kernels():
+    """In the interpreter, with queries that say that they are on a GPU; the scale stays that of the channels given."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install triton to run its interpreter")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", WIDENED], capture_output=True, text=True, env=env, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_transforms_and_fake_tensors_see_the_same_attention():

@@ -17,7 +17,7 @@ from .launch import observed
 from .lowrank import _attend, flash_bias, global_bias_factors
 from .reference import (_autocast, _check_bias, _check_dropout, _check_dtypes, _check_heads, _check_mask,
                                         _check_tensors, _check_types, attention_reference)
-from .window import _has_tangent, _obstacle
+from .window import _HEAD_DIMS, _has_tangent, _obstacle
 from ..bias import LocalBias
 from ..geometry import _TRITON, TokenLayout
 
@@ -78,6 +78,13 @@ def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
     if bias is not None and _has_tangent(bias.value):
         return 'the kernels have no forward-mode derivatives'
     return _obstacle(q, k, v) or _map_obstacle(bias)
+
+
+def _widened(q, k, v):
+    """With channels of zeros up to the next head dimension that the fused kernels take, if there is one."""
+    dim = q.shape[3]
+    more = min((d for d in _HEAD_DIMS if d >= dim), default=dim) - dim
+    return tuple(F.pad(t, (0, more)) for t in (q, k, v)) if more else (q, k, v)
 
 
 def _flash_attn(q, k, v, bias, attn_mask, dropout_p):
@@ -166,12 +173,15 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
     _check_dtypes(q, k, v)
     asked = any(x is not None for x in (bias, key_mask, layout))
     fused = backend == 'triton' or backend == 'auto' and q.is_cuda and asked
-    obstacle = _triton_obstacle(q, k, v, bias, attn_mask, dropout_p) if fused else None
+    widen = fused and backend == 'auto' and bias is not None and not bias.is_global
+    wide = _widened(q, k, v) if widen else (q, k, v)
+    obstacle = _triton_obstacle(*wide, bias, attn_mask, dropout_p) if fused else None
     if backend == 'triton' and obstacle:
         raise RuntimeError(f"backend='triton': {obstacle}")
     if fused and not obstacle:
         from cmtaqr.attention.fused import fused_attention
-        return fused_attention(q, k, v, bias, key_mask, layout=layout)
+        out = fused_attention(*wide, bias, key_mask, q.shape[3] ** -0.5, layout)
+        return out if wide[0] is q else out[..., :q.shape[3]]
     if key_mask is not None:
         attn_mask = key_mask[:, None].expand(-1, q.shape[2], -1) if attn_mask is None else attn_mask | key_mask[:, None]
     if backend == 'flex':
