@@ -1,10 +1,5 @@
 """Attention with a local bias against a literal loop and float64; the router; both on the GPU where there is one."""
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +13,7 @@ from cmtaqr.geometry import TokenLayout, Windows
 from cmtaqr.router import AQRWeightGenerator
 
 from test_geometry import random_windows
+from test_window_attention import interpret
 
 LAYOUT = TokenLayout(lidar=(6, 5), camera=(3, 4, 5))
 KINDS = {"none": None, "local": {}, "gaussian": dict(sigma=(2.5, 1.0)), "global": dict(is_global=True)}
@@ -137,8 +133,8 @@ def test_what_does_not_fit_is_refused(error, message, change, biased, masked):
     (TypeError, "queries must be a tensor, got list", lambda q, k, v, b: planned(b, [q])),
     (TypeError, "tensor of values, got Windows and list", lambda q, k, v, b: LocalBias(b.windows, b.value.tolist())),
     (TypeError, "tensor of values, got NoneType and Tensor", lambda q, k, v, b: LocalBias(None, b.value)),
-    *[(ValueError, "sigma=.*: expected one positive number, or two", lambda q, k, v, b, sigma=sigma: LocalBias(b.windows, b.value, sigma))
-      for sigma in (0, (0.0, 0.0), (-1.0, 1.0), (1.0, math.nan), (1.0, 2.0, 3.0), "wide")],
+    *[(ValueError, "sigma=.*: expected one positive number, or two",
+       lambda q, k, v, b, sigma=sigma: LocalBias(b.windows, b.value, sigma)) for sigma in (0, (0.0, 0.0), (-1.0, 1.0), (1.0, math.nan), (1.0, 2.0, 3.0), "wide")],
 ])
 def test_other_functions_refuse_too(error, message, call):
     q, k, v, value = (t.detach() for t in inputs(dtype=torch.float32))
@@ -207,12 +203,7 @@ assert taken == [16, 32, 128], taken                                            
 
 def test_other_head_dimensions_are_filled_up_for_the_kernels():
     """In the interpreter, with queries that say that they are on a GPU; the scale stays that of the channels given."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: pip install triton to run its interpreter")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", WIDENED], capture_output=True, text=True, env=env, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr
+    interpret("-c", WIDENED)
 
 
 def test_transforms_and_fake_tensors_see_the_same_attention():

@@ -28,16 +28,20 @@ def assert_accurate(errors, dtype, slack=1.0):
         assert ours <= allowed, (name, ours, plain, largest)
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """Every case, by Triton's interpreter in a process of its own: it must be chosen before Triton is imported."""
+def interpret(*arguments):
+    """What Python prints with Triton's interpreter, in a process of its own: it must be chosen before Triton is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install triton to run its interpreter")
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command, folder = [sys.executable, window_cases.__file__], Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Every case."""
+    return dict(json.loads(line) for line in interpret(window_cases.__file__).splitlines())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,11 +159,7 @@ for layout in (TokenLayout((9, 12), None), TokenLayout((5, 4), (2, 3, 6))):
 
 def test_windows_larger_than_the_map():
     """In the interpreter, on centres on and off the map; a loop over all cells of such a window would take hours."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: pip install triton to run its interpreter")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", LARGE_WINDOWS], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr
+    interpret("-c", LARGE_WINDOWS)
 
 
 def test_kernels_refuse_windows_whose_cells_they_cannot_count(monkeypatch):

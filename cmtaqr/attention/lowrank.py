@@ -121,7 +121,8 @@ def flash_bias(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, 
 
     Raises:
         TypeError: something else than a tensor.
-        ValueError: unknown backend; shapes, dtypes or devices that do not fit; a scale that is not positive; dropout out of range.
+        ValueError: unknown backend; shapes, dtypes or devices that do not fit; a scale that is not positive and finite; dropout
+            out of range.
         RuntimeError: the backend cannot do it; the message says why.
 
     Source: the factors of FlashBias (NeurIPS 2025).
@@ -182,8 +183,8 @@ def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = N
 
     Raises:
         TypeError: `bias` is no tensor.
-        ValueError: a matrix of integers; neither or both of rank and tolerance; a rank that the matrix cannot have; a negative tolerance; entries that
-            are not finite.
+        ValueError: a matrix of integers; neither or both of rank and tolerance; a rank that the matrix cannot have; a negative
+            tolerance; entries that are not finite.
     """
     _check_tensors(bias=bias)
     if not bias.is_floating_point():
@@ -193,8 +194,8 @@ def decompose(bias: Tensor, rank: int | None = None, tolerance: float | None = N
     full = min(bias.shape[-2:])
     if (rank is None) == (tolerance is None):
         raise ValueError(f'give a rank or a tolerance, got rank={rank}, tolerance={tolerance}')
-    if tolerance is not None and not tolerance >= 0 or rank is not None and not (
-            isinstance(rank, Integral) and 1 <= rank <= full):
+    possible = tolerance >= 0 if rank is None else isinstance(rank, Integral) and 1 <= rank <= full
+    if not possible:
         raise ValueError(f'rank must lie in 1...{full}, whole, and tolerance be 0 or more, got rank={rank}, tolerance={tolerance}')
     left, size, right = torch.linalg.svd(bias.double(), full_matrices=False)
     if rank is None:

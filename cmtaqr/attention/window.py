@@ -42,6 +42,9 @@ _MAX_SIZE = 46340    # cells; the square of more does not fit into 32 bits
 
 def _fitted(windows):
     """The same keys from windows that are not larger than their map, up to one cell."""
+    lidar, camera = windows.layout.lidar, windows.layout.camera
+    if windows.sizes[0] <= max((lidar or camera)[-2:]) and windows.sizes[-1] <= max((camera or lidar)[-2:]):
+        return windows                       # as usual, and then without a look at every map
     cells, sizes = [], []
     for start, stop, size, rows, cols in windows.groups():
         part, side = windows.cells[:, :, start:stop], max(rows, cols)
@@ -153,7 +156,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, backend:
             'auto' takes the kernels on a GPU where they know dtype and head dimension, and the reference elsewhere.
 
     Returns:
-        [B, H, Q, D] in q's dtype (autocast's, where it is on and q is not float64); zero, with zero gradients, for a query whose windows are all empty.
+        [B, H, Q, D] in q's dtype (autocast's, where it is on and q is not float64); zero, with zero gradients, for a query
+        whose windows are all empty.
 
     Raises:
         TypeError: something else than tensors and `Windows`.
