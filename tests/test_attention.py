@@ -134,7 +134,8 @@ def test_what_does_not_fit_is_refused(error, message, change, biased, masked):
     (TypeError, "tensor of values, got Windows and list", lambda q, k, v, b: LocalBias(b.windows, b.value.tolist())),
     (TypeError, "tensor of values, got NoneType and Tensor", lambda q, k, v, b: LocalBias(None, b.value)),
     *[(ValueError, "sigma=.*: expected one positive number, or two",
-       lambda q, k, v, b, sigma=sigma: LocalBias(b.windows, b.value, sigma)) for sigma in (0, (0.0, 0.0), (-1.0, 1.0), (1.0, math.nan), (1.0, 2.0, 3.0), "wide")],
+       lambda q, k, v, b, sigma=sigma: LocalBias(b.windows, b.value, sigma))
+      for sigma in (0, (0.0, 0.0), (-1.0, 1.0), (1.0, math.nan), (1.0, 2.0, 3.0), "wide")],
 ])
 def test_other_functions_refuse_too(error, message, call):
     q, k, v, value = (t.detach() for t in inputs(dtype=torch.float32))
