@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .forward import _INTERPRETED, dot
 from .launch import _like_heads, _readable, _strides, on_device, starter
 from .window_forward import _part_options, _samples, _start_camera, _warps
-from .window_order import _FAR, _INTERPRETED, _NUMBERS, LOG2E, TUNING
-from .window_parts import (_camera_block, _counts, _dot, _in_window, _own_keys, _parts_of, _rows, _slice,
+from .window_order import _FAR, _NUMBERS, LOG2E, TUNING
+from .window_parts import (_camera_block, _counts, _in_window, _own_keys, _parts_of, _rows, _slice,
                                            _tile)
 
 # %% ../../nbs/14b_window_backward.ipynb #1856f142
@@ -42,9 +43,9 @@ def _camera_grad_kernel(q, k, v, exact, do, stats, parts, lists, counts, q_b, q_
             index, exists, inside = _tile(t, across, row, col, row0, col0, rows, cols, size, TILE_ROWS, TILE_COLS)
             ks = tl.load(_rows(k_view, index, k_n, D), mask=exists[:, None], other=0.0)
             vs = tl.load(_rows(v_view, index, v_n, D), mask=exists[:, None], other=0.0)
-            p = tl.where(inside, tl.exp2((_dot(qs, tl.trans(ks), None) - peak[:, None]) * unit) * inverse[:, None], 0.0)
-            ds = p * (_dot(gs, tl.trans(vs), None) - row_sum[:, None])
-            acc = _dot(ds.to(ks.dtype), ks, acc)
+            p = tl.where(inside, tl.exp2((dot(qs, tl.trans(ks), None, 'ieee') - peak[:, None]) * unit) * inverse[:, None], 0.0)
+            ds = p * (dot(gs, tl.trans(vs), None, 'ieee') - row_sum[:, None])
+            acc = dot(ds.to(ks.dtype), ks, acc, 'ieee')
         part = (sample.to(tl.int64) * views * num_queries + part) * heads + h
         tl.store(_rows(parts, part, D, D), (acc * scale).to(parts.dtype.element_ty), mask=ok[:, None])
 
@@ -172,10 +173,10 @@ def _key_grad_kernel(q, k, v, do, stats, delta, dk, dv, places, near, found, q_b
             row_sum = tl.load(delta + at_query + query, mask=ok, other=0.0)
             query = tl.load(near + start + BLOCK_Q + i, mask=start + BLOCK_Q + i < total, other=0).to(tl.int32)
             inside = _in_window(row[None, :], col[None, :], r_far[:, None], c[:, None], size)
-            p = tl.where(inside, tl.exp2((_dot(ks, tl.trans(qs), None) - peak[None, :]) * unit) * inverse[None, :], 0.0)
-            dvs = _dot(p.to(gs.dtype), gs, dvs)
-            ds = p * (_dot(vs, tl.trans(gs), None) - row_sum[None, :])
-            dks = _dot(ds.to(qs.dtype), qs, dks)
+            p = tl.where(inside, tl.exp2((dot(ks, tl.trans(qs), None, 'ieee') - peak[None, :]) * unit) * inverse[None, :], 0.0)
+            dvs = dot(p.to(gs.dtype), gs, dvs, 'ieee')
+            ds = p * (dot(vs, tl.trans(gs), None, 'ieee') - row_sum[None, :])
+            dks = dot(ds.to(qs.dtype), qs, dks, 'ieee')
     tl.store(_rows(_slice(dk, b, h, d_b, d_h), index, d_n, D), (dks * scale).to(dk.dtype.element_ty), mask=on_map[:, None])
     tl.store(_rows(_slice(dv, b, h, d_b, d_h), index, d_n, D), dvs.to(dv.dtype.element_ty), mask=on_map[:, None])
 

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .forward import dot
 from .launch import _like_heads, _readable, _strides, on_device, starter
 from .window_order import _FAR, _NUMBERS, LOG2E, TUNING, place_queries, rank_queries
-from .window_parts import _camera_block, _counts, _dot, _own_keys, _parts_of, _rows, _slice, _tile
+from .window_parts import _camera_block, _counts, _own_keys, _parts_of, _rows, _slice, _tile
 
 # %% ../../nbs/14a_window_forward.ipynb #81078e27
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -37,12 +38,12 @@ def _camera_kernel(q, k, v, parts, levels, lists, counts, q_b, q_h, q_n, k_b, k_
             index, exists, inside = _tile(t, across, row, col, row0, col0, rows, cols, size, TILE_ROWS, TILE_COLS)
             ks = tl.load(_rows(k_view, index, k_n, D), mask=exists[:, None], other=0.0)
             vs = tl.load(_rows(v_view, index, v_n, D), mask=exists[:, None], other=0.0)
-            s = tl.where(inside, _dot(qs, tl.trans(ks), None), -float('inf'))
+            s = tl.where(inside, dot(qs, tl.trans(ks), None, 'ieee'), -float('inf'))
             new = tl.maximum(m, tl.max(s, 1))
             # a query that has met no key yet: -inf - 0 instead of -inf - -inf
             finite = tl.where(new == -float('inf'), 0.0, new)
             p, shrink = tl.exp2((s - finite[:, None]) * unit), tl.exp2((m - finite) * unit)
-            m, l, acc = new, l * shrink + tl.sum(p, 1), _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
+            m, l, acc = new, l * shrink + tl.sum(p, 1), dot(p.to(vs.dtype), vs, acc * shrink[:, None], 'ieee')
         part = (sample.to(tl.int64) * views * num_queries + part) * heads + h
         tl.store(_rows(parts, part, D, D), acc, mask=ok[:, None])
         tl.store(levels + 2 * part, m, mask=ok)

@@ -6,8 +6,6 @@
 __all__ = ['TUNING', 'LOG2E', 'place_queries', 'rank_queries']
 
 # %% ../../nbs/14_window_order.ipynb #d2773a71
-import os
-
 import triton
 import triton.language as tl
 
@@ -31,7 +29,6 @@ _LAST = tl.constexpr((1 << 31) - 1)
 # numbers whose value should not lead to another compilation; divisible strides should
 _NUMBERS = ['heads', 'samples', 'first_sample', 'num_queries', 'num_maps', 'views', 'rows', 'cols', 'size', 'rows_lidar',
             'cols_lidar', 'rows_camera', 'cols_camera', 'size_lidar', 'size_camera', 'programs', 'tiles', 'sums', 'chunks']
-_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
 # %% ../../nbs/14_window_order.ipynb #b2d97494
 @triton.jit

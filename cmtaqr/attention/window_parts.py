@@ -9,18 +9,9 @@ __all__ = []
 import triton
 import triton.language as tl
 
-from .window_order import _FAR, _INTERPRETED
+from .window_order import _FAR
 
 # %% ../../nbs/14_window_parts.ipynb #228b3776
-@triton.jit
-def _dot(a, b, c):
-    """a b + c in fp32."""
-    if _INTERPRETED:  # numpy has no bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
-    else:
-        return tl.dot(a, b, c, input_precision='ieee')
-
-
 @triton.jit
 def _slice(pointer, b, h, stride_b, stride_h):
     """Start of one sample and head."""
