@@ -164,7 +164,7 @@ def recorded_path(record, path):
 
 
 def write_result(result, work_dir, notebook=None):
-    """Write `result.json` into the work folder, and beside the executed notebook where that lies elsewhere.
+    """Write `result.json` into the work folder, and beside the executed notebook where that lies elsewhere and not in another run's.
 
     Args:
         result: Dictionary of figures, parameters and run record.
@@ -174,5 +174,8 @@ def write_result(result, work_dir, notebook=None):
     Returns:
         List of the paths written.
     """
-    folders = dict.fromkeys([Path(work_dir).absolute()] + ([Path(notebook).absolute().parent] if notebook else []))
+    folders = [Path(work_dir).absolute()]
+    beside = Path(notebook).absolute().parent if notebook else folders[0]
+    if beside != folders[0] and not (beside / "run.json").is_file():
+        folders.append(beside)
     return [write_json(folder / "result.json", result) for folder in folders]
