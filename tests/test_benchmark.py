@@ -33,6 +33,7 @@ def test_points_are_those_of_the_configurations():
     assert [p.queries for p in POINTS["queries"]] == [225, 450, 900, 1800, 3600]
     assert [p.layout.num_keys for p in POINTS["keys"]] == [5104, 22384, 56400, 114256, 225600]
     assert [p.window for p in POINTS["window"]] == [1, 3, 8, 15, 31] and [p.batch for p in POINTS["batch"]] == [1, 2, 4, 8]
+    assert [(p.layout.num_keys, p.field_of_view) for p in POINTS["views_per_query"]] == [(56400, 70), (56400, 130), (56400, 170)]
 
 
 def test_rows_are_unique_and_flex_comes_last():
@@ -49,7 +50,7 @@ def test_schema(trial):
     assert {"commit", "started", "repetitions", "quick", "only", "seconds"} == set(data["runs"][0])
     row = data["rows"]["shapes/2x10x100w3/unfused_dense"]
     assert row["group"] == "shapes" and row["alternative"] == "unfused_dense"
-    assert row["point"] == dict(batch=2, queries=10, lidar=[8, 8], camera=[2, 3, 6], window=3, keys=100,
+    assert row["point"] == dict(batch=2, queries=10, lidar=[8, 8], camera=[2, 3, 6], window=3, field_of_view=70.0, keys=100,
                                 views_per_query=row["point"]["views_per_query"])
     for phase in ("forward", "backward", "forward_backward"):
         assert 0 < row[phase]["p10"] <= row[phase]["median"] <= row[phase]["p90"] and row[phase]["first_call_s"] > 0

@@ -28,12 +28,14 @@ HEADS, DIM = 8, 32
 
 @dataclass(frozen=True)
 class Point:
-    """One cross-attention: samples, queries, maps as in `TokenLayout`, and the side of the bias's window in cells."""
+    """One cross-attention: samples, queries, maps as in `TokenLayout`, side of the bias's window in cells, and how many degrees
+    each camera sees, which decides how many of them see a query."""
     batch: int = 2
     queries: int = 900
     lidar: tuple | None = (128, 128)
     camera: tuple | None = (6, 20, 50)
     window: int = 8
+    field_of_view: float = 70.0
 
     @property
     def layout(self) -> TokenLayout:
@@ -58,6 +60,7 @@ POINTS = {
     'keys': [replace(SMALL, lidar=lidar, camera=camera) for lidar, camera in _MAPS],
     'window': [replace(SMALL, window=n) for n in (1, 3, 8, 15, 31)],
     'batch': [replace(SMALL, batch=n) for n in (1, 2, 4, 8)],
+    'views_per_query': [replace(LARGE, field_of_view=n) for n in (70.0, 130.0, 170.0)],
 }
 
 # %% ../../nbs/18_alternatives.ipynb #d900bd16
@@ -65,7 +68,8 @@ POINTS = {
 def inputs(point: Point, device: str, dtype: torch.dtype) -> SimpleNamespace:
     """Random q, k, v [B, H, N, D], value [B, Q, 2] in [-2.5, 2.5], weights of a layer's four projections and a gradient of the
     output, with the point's windows; all but the last two need gradients."""
-    windows = ring_windows(point.layout, (point.window, point.window), point.batch, point.queries, device=device)
+    windows = ring_windows(point.layout, (point.window, point.window), point.batch, point.queries, device=device,
+                           field_of_view=point.field_of_view)
     g = torch.Generator(device).manual_seed(0)
     sizes = point.queries, point.layout.num_keys, point.layout.num_keys, point.queries
     q, k, v, grad = (torch.randn(point.batch, n, HEADS, DIM, device=device, generator=g).to(dtype).transpose(1, 2) for n in sizes)

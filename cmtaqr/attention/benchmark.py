@@ -58,6 +58,7 @@ def rows(quick: bool = False, tiny: bool = False) -> list:
         for i, point in enumerate(points if not quick or group == 'shapes' else []):
             point = point.tiny() if tiny else point
             place = f'{group}/{point.batch}x{point.queries}x{point.layout.num_keys}w{point.window}'
+            place += f'v{point.field_of_view:g}' if group == 'views_per_query' else ''
             for alternative in chosen.get(group, ['fused', 'cudnn']):
                 if alternative != 'flex' or group == 'shapes' or i == 0:
                     listed[f'{place}/{alternative}'] = group, alternative, point
