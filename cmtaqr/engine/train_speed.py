@@ -39,7 +39,8 @@ def rounds(configs, batches=(2, 4), compile=("image",)):
     """
     promised = [dict(VARIANT, model="cmt", frozen=False), dict(VARIANT, frozen=False), dict(VARIANT)]
     forms = [[dict(VARIANT, attention=form)] for form in ("dense", "unfused")]
-    options = [[dict(VARIANT, precision=p)] for p in ("fp32", "fp16")] + [[dict(VARIANT, frozen=False, checkpointing=False)]]
+    options = [[dict(VARIANT, precision=p)] for p in ("fp32", "fp16")] 
+    options += [[dict(VARIANT, frozen=False, **option)] for option in (dict(checkpointing=False), dict(channels_last=True))]
     first = [(c, b, v) for part in ([promised], forms) for c in configs for b in batches for v in part]
     return (first + [(c, batches[0], v) for c in configs for v in options]
             + [(c, batches[0], [dict(VARIANT, compile=list(compile))]) for c in configs if compile])
@@ -120,7 +121,7 @@ def _first(batch):
 
 # %% ../../nbs/58a_train_speed.ipynb #bccdaff5
 def _key(row):
-    return json.dumps([row[k] for k in ("config", "batch", *VARIANT)])
+    return json.dumps([row["config"], row["batch"], *(row.get(k, default) for k, default in VARIANT.items())])
 
 
 def summary(records):
@@ -205,6 +206,7 @@ def describe(row):
     options = [row["model"], "frozen" if row["frozen"] else "full", row["precision"], row["attention"]]
     options += [] if row["checkpointing"] else ["no checkpointing"]
     options += [f"compiled {' '.join(row['compile'])}"] if row["compile"] else []
+    options += ["channels-last"] if row.get("channels_last") else []
     name = f"{row['config']} batch {row['batch']}, {', '.join(options)}: "
     if "step_ms" not in row:
         return name + ("out of memory" if row["out_of_memory"] else f"failed, {row['error']}")

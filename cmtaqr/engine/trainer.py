@@ -21,6 +21,7 @@ from .configure import load_config
 from .frozen import apply_freezing, freeze_modules
 from .parameters import ParameterError
 from .runner import MixedPrecisionWrapper  # noqa: F401  # registers itself
+from .scale_out import IMAGE_PARTS, to_channels_last
 from .stages import copied, speed_frame, speed_model
 
 # isort: split
@@ -56,7 +57,8 @@ def training_batches(cfg, batch, count=2, turns=10, boxes=40):
     return made
 
 # %% ../../nbs/57a_trainer.ipynb #062fa80c
-VARIANT = dict(model="aqr", frozen=True, precision="bf16", checkpointing=True, attention="windows", compile=[])
+VARIANT = dict(model="aqr", frozen=True, precision="bf16", checkpointing=True, attention="windows", compile=[],
+               channels_last=False)
 
 
 @contextlib.contextmanager
@@ -83,7 +85,8 @@ class Trainer:
     Args:
         config (str): An AQR config.
         variant (dict): model (aqr or cmt), frozen, precision, checkpointing (False switches the image backbone's off), attention
-            (windows; dense: PyTorch's fused one with the bias as a matrix; unfused: matrices for everything), compile (parts).
+            (windows; dense: PyTorch's fused one with the bias as a matrix; unfused: matrices for everything), compile (parts),
+            channels_last (of the image branch).
         frame (dict): Calibrates batch normalisation.
         device (torch.device): Where to train.
         boxes (int): Of the frames; `queries` counts the denoising ones.
@@ -108,6 +111,8 @@ class Trainer:
         for module in self.model.modules() if not variant["checkpointing"] else ():
             if hasattr(module, "with_cp"):
                 module.with_cp = False
+        if variant["channels_last"]:
+            to_channels_last(self.model, [name for name in IMAGE_PARTS if cfg.model.get(name)])
         compile_parts(self.model, variant["compile"])
         wrapper, precision = copy.deepcopy(cfg.optim_wrapper), variant["precision"]
         if device.type == "cuda":
