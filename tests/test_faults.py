@@ -199,7 +199,7 @@ def test_lost_process_ends_the_other_with_its_cause(tmp_path):
     assert status == [1, -signal.SIGKILL] and "LostProcess: process 0 lost another process of the run" in output[0], output
 
 
-def test_out_of_memory_before_and_without_training(monkeypatch):
+def test_out_of_memory_before_and_without_training(monkeypatch, tmp_path):
     """An evaluation, and a model that does not fit, get the report of a training, and advice of their own."""
     class Large(torch.nn.Linear):
         def to(self, *_):
@@ -213,6 +213,7 @@ def test_out_of_memory_before_and_without_training(monkeypatch):
     runner = object.__new__(FileLogRunner)  # its constructor needs data
     runner.cfg = Config(dict(device="cuda", test_dataloader=dict(batch_size=2)))
     runner._distributed, runner.model, runner.optim_wrapper = False, Large(2**10, 2**10), None
+    runner._work_dir = str(tmp_path)
     with pytest.raises(OutOfMemory, match="(?s)moving the model to the GPU: CUDA out of memory.*a smaller model, or a GPU"):
         runner.wrap_model(None, runner.model)
     with pytest.raises(OutOfMemory, match="(?s)total.*first helps most: batch_size below 2; precision=bf16; smaller images"):
