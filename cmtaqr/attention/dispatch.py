@@ -59,11 +59,12 @@ _MAX_PROGRAMS = 65535    # along the second and the third axis of a GPU's grid
 
 def _map_obstacle(bias):
     """Why the plan of a bias cannot be made on its maps; None if it can, or if there is none to make. Needs Triton."""
-    from cmtaqr.attention.plan import MAX_MAP_KEYS
-    maps = [] if bias is None or bias.is_global else [m[-2:] for m in (bias.windows.layout.lidar, bias.windows.layout.camera) if m]
-    if all(rows * cols <= MAX_MAP_KEYS for rows, cols in maps):
+    if bias is None or bias.is_global:
         return None
-    return f'the kernels find a key on maps of at most {MAX_MAP_KEYS} cells, got {maps}'
+    from cmtaqr.attention.plan import map_obstacle
+    maps = [m[-2:] for m in (bias.windows.layout.lidar, bias.windows.layout.camera) if m]
+    obstacle = map_obstacle(maps)
+    return obstacle and f'{obstacle}, got {maps}'
 
 
 def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):

@@ -120,9 +120,14 @@ class FileLogRunner(Runner):
             self.put(name, data)
         return content
 
+    @property
+    def _accepted(self):
+        """Whether the run may write into its folder: a resumed one once its checkpoint has been loaded."""
+        return not self._resume or self._has_loaded
+
     def put(self, name, data):
         """Write a JSON file into the work folder (None removes it); a resumed run does when its checkpoint has been accepted."""
-        if self._resume and not self._has_loaded:
+        if not self._accepted:
             self._waiting = {**self._waiting, name: data}
         elif is_main_process():
             file = Path(self.work_dir, name)
@@ -130,7 +135,7 @@ class FileLogRunner(Runner):
 
     def dump_config(self):
         """Write the config into the work folder; that of a resumed run when its checkpoint has been accepted, not before."""
-        if not self._resume or self._has_loaded:
+        if self._accepted:
             super().dump_config()
 
     def train(self):

@@ -39,7 +39,7 @@ def rounds(configs, batches=(2, 4), compile=("image",)):
     """
     promised = [dict(VARIANT, model="cmt", frozen=False), dict(VARIANT, frozen=False), dict(VARIANT)]
     forms = [[dict(VARIANT, attention=form)] for form in ("dense", "unfused")]
-    options = [[dict(VARIANT, precision=p)] for p in ("fp32", "fp16")] 
+    options = [[dict(VARIANT, precision=p)] for p in ("fp32", "fp16")]
     options += [[dict(VARIANT, frozen=False, **option)] for option in (dict(checkpointing=False), dict(channels_last=True))]
     first = [(c, b, v) for part in ([promised], forms) for c in configs for b in batches for v in part]
     return (first + [(c, batches[0], v) for c in configs for v in options]

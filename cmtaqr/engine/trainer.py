@@ -21,7 +21,7 @@ from .configure import load_config
 from .frozen import apply_freezing, freeze_modules
 from .parameters import ParameterError
 from .runner import MixedPrecisionWrapper  # noqa: F401  # registers itself
-from .scale_out import IMAGE_PARTS, to_channels_last
+from .scale_out import image_parts, to_channels_last
 from .stages import copied, speed_frame, speed_model
 
 # isort: split
@@ -112,7 +112,7 @@ class Trainer:
             if hasattr(module, "with_cp"):
                 module.with_cp = False
         if variant["channels_last"]:
-            to_channels_last(self.model, [name for name in IMAGE_PARTS if cfg.model.get(name)])
+            to_channels_last(self.model, image_parts(cfg.model))
         compile_parts(self.model, variant["compile"])
         wrapper, precision = copy.deepcopy(cfg.optim_wrapper), variant["precision"]
         if device.type == "cuda":
