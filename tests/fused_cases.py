@@ -405,6 +405,10 @@ def check_lowest_value(device="cpu"):
         expected = out, *torch.autograd.grad(out, wide, grad.double())
         for a, b in zip(found, expected):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    windows = small(20, 1, LIDAR, device=device)
+    *inputs, grad = random_inputs(windows, heads=1)
+    inputs = [t.requires_grad_() for t in (*inputs[:3], torch.full_like(inputs[3], lowest))]
+    assert all(t.isfinite().all() for t in computed(inputs, grad, LocalBias(windows, inputs[3], is_global=True)))
 
 
 def check_far_windows(device="cpu"):

@@ -22,10 +22,10 @@ FLOOR = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 
 def assert_accurate(errors, dtype, slack=1.0):
-    """At most twice (output) or three times (gradients) the error of plain torch."""
-    for name, (ours, plain, largest) in errors.items():
-        allowed = slack * (2 if name == "out" else 3) * plain + FLOOR[dtype] * largest
-        assert ours <= allowed, (name, ours, plain, largest)
+    """At most twice (output) or three times (gradients) the error of plain torch, and fp32's rounding of what cancels."""
+    for name, (ours, plain, largest, cancelled) in errors.items():
+        allowed = slack * (2 if name == "out" else 3) * plain + FLOOR[dtype] * largest + 2**-22 * cancelled
+        assert ours <= allowed, (name, ours, plain, largest, cancelled)
 
 
 def interpret(*arguments):

@@ -64,8 +64,10 @@ def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, Tr
     """Largest errors of output and gradients, of the kernels and of plain torch in the same dtype, against float64.
 
     Returns:
-        {name: [error of the kernels, error of plain torch, largest exact value]} of what was asked for. Where
-        there is no window, values must be exactly zero, which is checked here.
+        {name: [error of the kernels, error of plain torch, largest exact value, bound of the terms that cancel]} of what was
+        asked for; that bound is 0 but for dq and dk, sums of P (dP - delta) times a key or query: with one key in a window dP
+        and delta are equal, and the exact gradient is 0. Where there is no window, values must be exactly zero, which is
+        checked here.
     """
     device, (batch, queries) = windows.cells.device, windows.seen.shape[:2]
     g = torch.Generator(device).manual_seed(seed)
@@ -88,8 +90,10 @@ def measure(windows, heads=2, dim=16, dtype=torch.float32, needs=(True, True, Tr
     if windows.layout.num_keys * queries < 10**6:
         unused = ~windows.mask().any(1)[:, None].expand(-1, heads, -1)
         assert all(torch.count_nonzero(t[unused]) == 0 for t in results[0][2:] if t is not None), "a key in no window"
-    return {name: [float((a.double() - c).abs().max()), float((b.double() - c).abs().max()), float(c.abs().max())]
-            for name, a, b, c in zip(NAMES, *results) if a is not None}
+    products = float(grad.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()) * dim ** -0.5
+    cancelled = dict(dq=products * float(k.abs().max()), dk=products * float(q.abs().max()))
+    return {name: [float((a.double() - c).abs().max()), float((b.double() - c).abs().max()), float(c.abs().max()),
+                   cancelled.get(name, 0.0)] for name, a, b, c in zip(NAMES, *results) if a is not None}
 
 
 def overlapping():

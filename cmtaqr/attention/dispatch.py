@@ -85,7 +85,7 @@ def _triton_obstacle(q, k, v, bias, attn_mask, dropout_p):
 def _widened(q, k, v):
     """With channels of zeros up to the next head dimension that the fused kernels take, if there is one."""
     dim = q.shape[3]
-    more = min((d for d in _HEAD_DIMS if d >= dim), default=dim) - dim
+    more = min([d for d in _HEAD_DIMS if d >= dim] or [dim]) - dim
     return tuple(F.pad(t, (0, more)) for t in (q, k, v)) if more else (q, k, v)
 
 

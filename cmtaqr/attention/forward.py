@@ -64,9 +64,8 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 # %% ../../nbs/13_forward.ipynb #3f6a1c21
 @triton.jit
 def in_scores(value, scale):
-    """Values [BLOCK] of queries in units of q·k, between -1e30 and 1e30."""
-    own = value / scale
-    return tl.where(own > 1e30, 1e30, tl.where(own < -1e30, -1e30, own))
+    """Values [BLOCK] of queries, cut off at ±1e7, in units of q·k."""
+    return tl.where(value > 1e7, 1e7, tl.where(value < -1e7, -1e7, value)) / scale
 
 # %% ../../nbs/13_forward.ipynb #56cfdfe2
 @triton.jit
