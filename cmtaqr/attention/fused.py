@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
-from .launch import _like_heads, _readable, _strides, observed, on_device
+from .launch import _like_heads, _readable, _strides, observed, on_device, starter
 from .plan import Plan, layout_numbers, map_numbers, plan_op, plan_windows
 from ..bias import LocalBias
 from ..geometry import TokenLayout
@@ -110,12 +110,13 @@ def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, k
     blocks, planes = triton.cdiv(queries, steps[0]), batch * heads
     parts = q.new_empty(splits, batch, heads, queries, dim, dtype=torch.float32)
     levels = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
-    _forward[(blocks, splits, planes)](
-        q, k, v, order, centres, ranges, value, ignored, parts, levels, *_strides(q, k, v), *parts.stride()[:4],
-        batch, heads, queries, k.shape[2], blocks * steps[0], blocks, scale, layout[0] + layout[4], layout[0], lidar_splits,
-        layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind, steps), **_compiler(launch.forward))
-    _merge[(triton.cdiv(queries, 16), planes)](parts, levels, out, wide, lse, *_strides(out), heads, queries, planes, splits,
-                                               EXACT=exact, DIM=dim, BLOCK=16)
+    start = starter(('attention', *layout, kind, exact, launch, *steps), q, k, v, value, order, centres, ranges, ignored)
+    start(_forward, (blocks, splits, planes), q, k, v, order, centres, ranges, value, ignored, parts, levels, *_strides(q, k, v),
+          *parts.stride()[:4], batch, heads, queries, k.shape[2], blocks * steps[0], blocks, scale, layout[0] + layout[4],
+          layout[0], lidar_splits, layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind, steps),
+          **_compiler(launch.forward))
+    start(_merge, (triton.cdiv(queries, 16), planes), parts, levels, out, wide, lse, *_strides(out), heads, queries, planes,
+          splits, EXACT=exact, DIM=dim, BLOCK=16)
     return out, wide, lse
 
 
@@ -146,29 +147,28 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
     sorted_q, sorted_grad = (q.new_empty(groups, batch, heads, padded, dim) for _ in 'qg')
     sorted_lse, sorted_delta = (lse.new_empty(groups, batch, heads, padded) for _ in 'ld')
     sorted_value = lse.new_empty(groups, batch, padded)
-    _prepare[(blocks, planes, groups)](
-        q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value,
-        *_strides(q, exact, grad), batch, heads, queries, padded, layout[0], scale, KIND=kind, DIM=dim, BLOCK=block)
+    start = starter(('attention_backward', *layout, kind, *wants, launch, block, tile), grad, q, k, v, value, order, centres,
+                    ranges, ignored, exact, lse)
+    start(_prepare, (blocks, planes, groups), q, exact, grad, lse, order, value, sorted_q, sorted_grad, sorted_lse, sorted_delta,
+          sorted_value, *_strides(q, exact, grad), batch, heads, queries, padded, layout[0], scale, KIND=kind, DIM=dim,
+          BLOCK=block)
     ordered = sorted_q, sorted_grad, sorted_lse, sorted_delta, sorted_value
     maps, options = _maps(layout, decay), _options(q, ignored, kind, (block, tile))
     if dq.numel():
         lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device, (block, tile))
         parts = lse.new_empty(splits, batch, heads, queries, dim)
         sums = lse.new_empty(splits, batch, heads, queries, 2)
-        _query_gradients[(blocks, splits, planes)](
-            *ordered, k, v, order, centres, ranges, ignored, parts, sums, *_strides(k, v), *parts.stride()[:4], batch, heads,
-            queries, keys, padded, blocks, scale, layout[0] + layout[4], layout[0], lidar_splits, layout[4], views_per_split,
-            *maps, **options, **_compiler(launch.query))
-        _collect[(triton.cdiv(queries, 4), batch)](
-            parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits, lidar_splits, KIND=kind,
-            VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
+        start(_query_gradients, (blocks, splits, planes), *ordered, k, v, order, centres, ranges, ignored, parts, sums,
+              *_strides(k, v), *parts.stride()[:4], batch, heads, queries, keys, padded, blocks, scale, layout[0] + layout[4],
+              layout[0], lidar_splits, layout[4], views_per_split, *maps, **options, **_compiler(launch.query))
+        start(_collect, (triton.cdiv(queries, 4), batch), parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits,
+              lidar_splits, KIND=kind, VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
         del parts, sums    # before the large gradients are allocated
     dk, dv = _empty_key_gradients(k, v, wants)
     if dk.numel():
         tiles = layout[0] * triton.cdiv(maps[0], tile) + layout[4] * triton.cdiv(maps[4], tile)
-        _key_gradients[(tiles, planes)](
-            *ordered, k, v, centres, ranges, ignored, dk, dv, *_strides(k, v, dk), batch, heads, keys, padded, blocks, scale,
-            layout[0] + layout[4], layout[0], *maps, **options, **_compiler(launch.key))
+        start(_key_gradients, (tiles, planes), *ordered, k, v, centres, ranges, ignored, dk, dv, *_strides(k, v, dk), batch, heads,
+              keys, padded, blocks, scale, layout[0] + layout[4], layout[0], *maps, **options, **_compiler(launch.key))
     return dq, dk, dv, dvalue
 
 

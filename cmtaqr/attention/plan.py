@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device, starter
 from ..geometry import TokenLayout, Windows
 
 # %% ../../nbs/12_plan.ipynb #54ac8575
@@ -106,6 +107,7 @@ def _place(cells, seen, order, centres, ranges, batch, queries, padded, maps, li
     tl.store(ranges + ((sample * tl.num_programs(0) + block) * maps + m) * 2 + 1, high)
 
 # %% ../../nbs/12_plan.ipynb #a2dfd5c0
+@on_device
 def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Orders of the queries, and what their windows touch.
 
@@ -136,13 +138,12 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
     ranges = torch.empty(batch, blocks, maps, 2, dtype=torch.int32, device=seen.device)
     if not seen.numel():
         return order, centres, ranges
-    with torch.cuda.device_of(seen):    # Triton launches on the current device
-        _sort_keys[(triton.cdiv(queries, 128), batch, groups)](
-            cells, seen, keys, queries, maps, lidar_maps, lidar_cols, camera_rows * camera_cols, camera_cols, BLOCK=128)
-        _rank[(triton.cdiv(blocks * block, 32), groups * batch)](keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
-        _place[(blocks, maps, batch)](
-            cells, seen, order, centres, ranges, batch, queries, blocks * block, maps, lidar_maps, lidar_rows, lidar_cols,
-            lidar_size, camera_rows, camera_cols, camera_size, BLOCK=block, TILE=tile)
+    start = starter(('plan', *layout, block, tile), cells, seen)
+    start(_sort_keys, (triton.cdiv(queries, 128), batch, groups), cells, seen, keys, queries, maps, lidar_maps, lidar_cols,
+          camera_rows * camera_cols, camera_cols, BLOCK=128)
+    start(_rank, (triton.cdiv(blocks * block, 32), groups * batch), keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
+    start(_place, (blocks, maps, batch), cells, seen, order, centres, ranges, batch, queries, blocks * block, maps, lidar_maps,
+          lidar_rows, lidar_cols, lidar_size, camera_rows, camera_cols, camera_size, BLOCK=block, TILE=tile)
     return order, centres, ranges
 
 # %% ../../nbs/12_plan.ipynb #ce563659
