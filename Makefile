@@ -44,7 +44,8 @@ test-notebooks: setup ## only the notebooks
 	@ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(BIN)/nbdev_test --n_workers 1 --do_print --path {}
 
 test-python: setup ## only pytest
-	@$(BIN)/python -m pytest -q -rs --durations=10
+	@# two workers, one file each: what a file's tests prepare is prepared once
+	@$(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist loadfile
 
 test-gpu: setup ## only the tests that need a GPU
 	@$(BIN)/python -m pytest -q -rs -m gpu

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# For the processes that tests start, where the package is not installed.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# For the processes that tests start: the package, where it is not installed, and modules of the tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -139,8 +139,7 @@ def start(runs, processes=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tests = Path(__file__).resolve().parent
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]), OMP_NUM_THREADS="1")
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
     several = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if processes > 1 else {}
     call = [sys.executable, __file__, json.dumps(runs)]
     ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) if several else {} for rank in range(processes)]

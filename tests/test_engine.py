@@ -44,7 +44,7 @@ def run(values, **changes):
 
 def call_papermill(name, output, *arguments, cwd):
     """The command as it is typed, from another folder than the repository."""
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
     call = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(output), *arguments]
     call += ["--no-progress-bar", "--log-output"]
     return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -118,7 +118,7 @@ def test_freezing_by_a_parameter(tmp_path):
 def test_without_mmengine_the_engine_names_the_extra(tmp_path):
     (tmp_path / "mmengine.py").write_text("raise ImportError('not installed')\n")
     done = subprocess.run([sys.executable, "-c", "import cmtaqr.engine"], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])))
+                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])))
     assert done.returncode and 'cmtaqr.engine needs mmengine: pip install "cmtaqr[detector]"' in done.stderr
 
 

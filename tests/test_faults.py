@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, toy, processes):
     words = [sys.executable, "-m", "cmtaqr.engine.train", str(tmp_path / "full.py"), f"work_dir={disk / 'run'}", *toy]
     words += ["--nproc", str(processes)]
     script = f'{" ".join(mount)} {disk} && "$@"; status=$?; cp -r {disk}/run {kept}; exit $status'
-    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     done = subprocess.run([*apart, "sh", "-c", script, "sh", *words], env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

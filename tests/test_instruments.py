@@ -193,7 +193,7 @@ def test_two_processes_record_what_one_does_with_the_whole_batch(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script, folders = Path(__file__).parent / "instrument_cases.py", [tmp_path / name for name in ("model", "layer")]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(script.parent.parent))
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
     for folder in folders:
         folder.mkdir()
     calls = [subprocess.Popen([sys.executable, str(script), str(rank), "2", str(port), *map(str, folders)], env=environment)

@@ -88,7 +88,7 @@ def submission(work_dir):
 
 def command(folder, config, work_dir, *words):
     """The typed command and its environment."""
-    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     call = [sys.executable, "-m", "cmtaqr.engine.train", str(folder / f"{config}.py"), f"data_root={folder / 'data'}",
             f"work_dir={work_dir}", "device=cpu", *map(str, words)]
     return dict(args=call, env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1"), text=True)
@@ -272,8 +272,7 @@ def test_evaluation_in_two_processes_gives_the_metrics_of_one(world, tmp_path):
     for nproc in (1, 2):
         words = [sys.executable, "-m", "cmtaqr.engine.eval", "cmt_aqr_tiny", f"data_root={world}", "untrained=true", "device=cpu",
                  f"work_dir={tmp_path / str(nproc)}", "num_workers=0", "batch_size=1", "--nproc", str(nproc)]
-        env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        done = subprocess.run(words, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[nproc] = json.loads((tmp_path / str(nproc) / "result.json").read_text())
     assert found[1]["metrics"] == found[2]["metrics"] and found[1]["classes"] == found[2]["classes"]

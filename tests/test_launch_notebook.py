@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ from test_launch import ROOT, running, submission, toy, world  # noqa: E402, F40
 def papermill(notebook, out, *words, **parameters):
     """The typed command, what it needs, and the folder of the executed notebook."""
     out.mkdir()
-    path = os.pathsep.join([str(out.parent), str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(out.parent), os.environ["PYTHONPATH"]])
     parameters = dict(device="cpu", nproc=2) | parameters
     call = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{notebook}.ipynb"), str(out / f"{notebook}.ipynb"),
             "--no-progress-bar", *(str(w) for name, value in parameters.items() for w in ("-p", name, value)), *words]

@@ -1,5 +1,4 @@
 """Pasted objects, sensors and modality mask: golden pixels, plain counts, and whole pipelines on a synthetic world."""
-import copy
 import pickle
 import shutil
 from pathlib import Path

@@ -3,7 +3,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,9 +48,8 @@ def averaged(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    file, tests = tmp_path_factory.mktemp("processes") / "gradients.pth", Path(__file__).resolve().parent
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]), OMP_NUM_THREADS="1",
-                                    WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    file = tmp_path_factory.mktemp("processes") / "gradients.pth"
+    environment = os.environ | dict(OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     started = [subprocess.Popen([sys.executable, __file__, str(file)], env=environment | dict(RANK=str(rank)),
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
     outputs = [process.communicate(timeout=200)[0] for process in started]

@@ -1,6 +1,5 @@
 """Runs repeated from their records: the same bits on a CPU in one process and in two, and on a GPU with deterministic kernels."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +17,10 @@ from cmtaqr.engine.record import starts  # noqa: E402
 from cmtaqr.engine.rerun import compare_losses, main, read_run, rerun  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path):
     """A toy config and its data."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.pkl").touch()
     (tmp_path / "toy.py").write_text(toy_engine.CONFIG.format(bases=Path(cmtaqr.__file__).parent / "configs" / "_base_"))
@@ -162,9 +158,8 @@ def test_gpu_deterministic_run_comes_out_again(tmp_path, cuda, precision):
     words = [f"data_root={tmp_path / 'world'}", f"work_dir={tmp_path / 'run'}", "max_iters=12", "deterministic=true",
              f"precision={precision}"]
     call = [sys.executable, "-m"]
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([*call, "cmtaqr.engine.train", "cmt_aqr_tiny", *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*call, "cmtaqr.engine.train", "cmt_aqr_tiny", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run([*call, "cmtaqr.engine.rerun", str(tmp_path / "run")], env=environment, capture_output=True, text=True)
+    again = subprocess.run([*call, "cmtaqr.engine.rerun", str(tmp_path / "run")], capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((tmp_path / "run_again" / "rerun.json").read_text())["losses"]["equal"]

@@ -187,9 +187,8 @@ def test_foreign_checkpoint_is_never_unpickled_blindly(tmp_path, resume, zipped)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_refused_resume_changes_no_file(tmp_path, monkeypatch, processes):
+def test_a_refused_resume_changes_no_file(tmp_path, processes):
     """The reason is one line, without a traceback; accepted, the same resume replaces the result."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]))
     values = write_toy(tmp_path) | dict(max_iters=6, nproc=processes)
 
     def go(**changes):

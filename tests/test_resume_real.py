@@ -20,8 +20,6 @@ from resume_engine import train_toy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
@@ -48,7 +46,7 @@ resume_engine.train_toy(**values)
 
 def train_apart(values, kill=0):
     """Train in a process of its own, which dies after so many iterations and the checkpoint of the last one, if told to."""
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps([values, kill])], env=environment, capture_output=True, text=True)
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
 

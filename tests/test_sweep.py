@@ -1,6 +1,5 @@
 """Sweeps as a caller sees them: papermill over papermill, a failure, a kill, and one real run."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -85,8 +84,7 @@ def test_killed_sweep_ends_its_runs_and_the_next_call_goes_on(toy, tmp_path, mon
         (tmp_path / name).write_text(text)
     call = [sys.executable, "-c", SWEEP, "w", "--config", "toy.py", "--notebooks", ".", "--device", "cpu", "--workers", "1",
             "--seeds", "4", "--axis", "version=0"]
-    environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     train = tmp_path / "w" / "base" / "seed=4" / "train"
     while not (train / "began").exists():
         assert process.poll() is None

@@ -68,7 +68,9 @@ def _own_kernel(q, k, v, out, exact, stats, parts, levels, places, lists, counts
         accs = tl.load(_rows(parts, part, D, D), mask=there[:, None], other=0.0)
         m = tl.max(ms, 0)
         weight = tl.exp2((ms - tl.where(m == -float('inf'), 0.0, m)) * unit)
-        l, acc = tl.sum(ls * weight, 0), tl.sum(accs * weight[:, None], 0)
+        # the selection keeps product and sum apart: lanes that exchange fused ones end with copies that differ in the last bit
+        l = tl.sum(tl.where(there, ls * weight, 0.0), 0)
+        acc = tl.sum(tl.where(there[:, None], accs * weight[:, None], 0.0), 0)
     if HAS_LIDAR:
         place = places + b.to(tl.int64) * num_maps * 2 * num_queries + i
         row, col = tl.load(place), tl.load(place + num_queries)
