@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from .attention.timing import timing
+from .attention.timing import commit, timing
 from .attention.window_benchmark import LAYOUTS, _graphed, _median_ms, ring_scene
 from .bias import AttentionBiasGenerator
 from .geometry import query_windows
@@ -83,7 +83,7 @@ def benchmark_windows(layouts=LAYOUTS, batches=(1, 2, 3, 4), queries=900, repeat
                 figures = ', '.join(f'{key} {record[key]:.4f}' for key in shown)
                 print(f'{name}, batch {batch}, {way}: {figures or record["median"]}', file=sys.stderr)
     gpu = torch.cuda.get_device_name() if device == 'cuda' else None
-    return dict(gpu=gpu, torch=torch.__version__, queries=queries, repeats=repeats, records=records)
+    return dict(gpu=gpu, torch=torch.__version__, commit=commit(), command=sys.argv, queries=queries, repeats=repeats, records=records)
 
 # %% ../nbs/19_windows_benchmark.ipynb #54167eb1
 def main(arguments=None):

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
-import cmtaqr
 from .alternatives import ALTERNATIVES, DIM, HEADS, POINTS, inputs
-from .timing import ask, clock_mhz, exponential_floor, timing
+from .timing import clock_mhz, commit, exponential_floor, timing
 
 # %% ../../nbs/18b_benchmark.ipynb #41239d9a
 def _measure(alternative, x, device, repetitions, clock):
@@ -133,14 +132,6 @@ def _where(device):
     return facts
 
 
-def _commit():
-    if os.environ.get('CMTAQR_COMMIT'):    # a copy of the sources may have no history, or an older one
-        return os.environ['CMTAQR_COMMIT']
-    git = 'git', '-C', str(Path(cmtaqr.__file__).parent)
-    commit, changes = ask(*git, 'rev-parse', 'HEAD'), ask(*git, 'status', '--porcelain', '-uno')
-    return commit + ('+changes' if changes else '') if commit else None
-
-
 def _write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
@@ -189,7 +180,7 @@ def benchmark(out, quick: bool = False, only=(), force: bool = False, device: st
                          f'{", ".join(ALTERNATIVES)}')
     earlier, measured = _earlier(path, where) if path.is_file() else ({}, {})
     todo = [row for row in chosen if force or row[0] not in measured]
-    run = dict(commit=_commit(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick,
+    run = dict(commit=commit(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), repetitions=repetitions, quick=quick,
                only=list(only))
     result = dict(where=where, runs=[*earlier.get('runs', []), run], rows=measured, ratios={})
     begun = time.perf_counter()

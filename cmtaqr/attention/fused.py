@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
-from .launch import _like_heads, _readable, _strides, observed, on_device, starter
+from .launch import _like_heads, _readable, _strides, cdiv, observed, on_device, starter
 from .plan import Plan, layout_numbers, map_numbers, plan_op, plan_windows
 from ..bias import LocalBias
 from ..geometry import TokenLayout
@@ -72,13 +71,13 @@ def _splits(launch, batch, heads, queries, layout, device, steps):
     """
     lidar_maps, lidar_rows, lidar_cols, _, views, camera_rows, camera_cols, _ = layout
     block, tile = steps
-    lidar, camera = lidar_maps * triton.cdiv(lidar_rows * lidar_cols, tile), views * triton.cdiv(camera_rows * camera_cols, tile)
+    lidar, camera = lidar_maps * cdiv(lidar_rows * lidar_cols, tile), views * cdiv(camera_rows * camera_cols, tile)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
-    programs = triton.cdiv(queries, block) * batch * heads
+    programs = cdiv(queries, block) * batch * heads
     wanted = min(max(1, round(launch.occupancy * processors / programs)), 8)
     lidar_splits = lidar_maps and min(max(1, round(wanted * lidar / (lidar + camera))), lidar)
-    views_per_split = max(1, triton.cdiv(views, max(1, wanted - lidar_splits)))
-    return lidar_splits, views_per_split, lidar_splits + triton.cdiv(views, views_per_split)
+    views_per_split = max(1, cdiv(views, max(1, wanted - lidar_splits)))
+    return lidar_splits, views_per_split, lidar_splits + cdiv(views, views_per_split)
 
 
 def _maps(layout, decay):
@@ -107,7 +106,7 @@ def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, k
     if not k.shape[2]:
         return out.zero_(), wide.zero_(), lse.fill_(math.inf)
     lidar_splits, views_per_split, splits = _splits(launch, batch, heads, queries, layout, q.device, steps)
-    blocks, planes = triton.cdiv(queries, steps[0]), batch * heads
+    blocks, planes = cdiv(queries, steps[0]), batch * heads
     parts = q.new_empty(splits, batch, heads, queries, dim, dtype=torch.float32)
     levels = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
     start = starter(('attention', *layout, kind, exact, launch, *steps), q, k, v, value, order, centres, ranges, ignored)
@@ -115,7 +114,7 @@ def _attention(q, k, v, value, order, centres, ranges, ignored, layout, decay, k
           *parts.stride()[:4], batch, heads, queries, k.shape[2], blocks * steps[0], blocks, scale, layout[0] + layout[4],
           layout[0], lidar_splits, layout[4], views_per_split, *_maps(layout, decay), **_options(q, ignored, kind, steps),
           **_compiler(launch.forward))
-    start(_merge, (triton.cdiv(queries, 16), planes), parts, levels, out, wide, lse, *_strides(out), heads, queries, planes,
+    start(_merge, (cdiv(queries, 16), planes), parts, levels, out, wide, lse, *_strides(out), heads, queries, planes,
           splits, EXACT=exact, DIM=dim, BLOCK=16)
     return out, wide, lse
 
@@ -142,7 +141,7 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
     if not q.numel() or not keys:
         return tuple(t.zero_() for t in _empty_gradients(q, k, v, value, wants))
     dq, dvalue = _empty_query_gradients(q, value, wants)
-    blocks, planes, groups = triton.cdiv(queries, block), batch * heads, (layout[0] > 0) + (layout[4] > 0) if kind else 1
+    blocks, planes, groups = cdiv(queries, block), batch * heads, (layout[0] > 0) + (layout[4] > 0) if kind else 1
     padded = blocks * block
     sorted_q, sorted_grad = (q.new_empty(groups, batch, heads, padded, dim) for _ in 'qg')
     sorted_lse, sorted_delta = (lse.new_empty(groups, batch, heads, padded) for _ in 'ld')
@@ -161,12 +160,12 @@ def _attention_backward(grad, q, k, v, value, order, centres, ranges, ignored, e
         start(_query_gradients, (blocks, splits, planes), *ordered, k, v, order, centres, ranges, ignored, parts, sums,
               *_strides(k, v), *parts.stride()[:4], batch, heads, queries, keys, padded, blocks, scale, layout[0] + layout[4],
               layout[0], lidar_splits, layout[4], views_per_split, *maps, **options, **_compiler(launch.query))
-        start(_collect, (triton.cdiv(queries, 4), batch), parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits,
+        start(_collect, (cdiv(queries, 4), batch), parts, sums, dq, dvalue, *_strides(dq), heads, queries, planes, splits,
               lidar_splits, KIND=kind, VALUE=dvalue.numel() > 0, DIM=dim, BLOCK=4)
         del parts, sums    # before the large gradients are allocated
     dk, dv = _empty_key_gradients(k, v, wants)
     if dk.numel():
-        tiles = layout[0] * triton.cdiv(maps[0], tile) + layout[4] * triton.cdiv(maps[4], tile)
+        tiles = layout[0] * cdiv(maps[0], tile) + layout[4] * cdiv(maps[4], tile)
         start(_key_gradients, (tiles, planes), *ordered, k, v, centres, ranges, ignored, dk, dv, *_strides(k, v, dk), batch, heads,
               keys, padded, blocks, scale, layout[0] + layout[4], layout[0], *maps, **options, **_compiler(launch.key))
     return dq, dk, dv, dvalue

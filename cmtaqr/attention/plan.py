@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, starter
+from .launch import cdiv, on_device, starter
 from ..geometry import TokenLayout, Windows
 
 # %% ../../nbs/12_plan.ipynb #54ac8575
@@ -131,7 +131,7 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
     lidar_maps, lidar_rows, lidar_cols, lidar_size, views, camera_rows, camera_cols, camera_size = layout
     if obstacle := map_obstacle([(lidar_rows, lidar_cols), (camera_rows, camera_cols)]):
         raise ValueError(f'windows on maps of {lidar_rows} × {lidar_cols} and {camera_rows} × {camera_cols} cells: {obstacle}')
-    groups, blocks = (lidar_maps > 0) + (views > 0), triton.cdiv(queries, block)
+    groups, blocks = (lidar_maps > 0) + (views > 0), cdiv(queries, block)
     keys = torch.empty(groups, batch, queries, dtype=torch.int32, device=seen.device)
     order = torch.empty(groups, batch, blocks * block, dtype=torch.int32, device=seen.device)
     centres = torch.empty(batch, maps, blocks * block, 2, device=seen.device)
@@ -139,9 +139,9 @@ def plan_windows(cells: Tensor, seen: Tensor, layout: list, block: int, tile: in
     if not seen.numel():
         return order, centres, ranges
     start = starter(('plan', *layout, block, tile), cells, seen)
-    start(_sort_keys, (triton.cdiv(queries, 128), batch, groups), cells, seen, keys, queries, maps, lidar_maps, lidar_cols,
+    start(_sort_keys, (cdiv(queries, 128), batch, groups), cells, seen, keys, queries, maps, lidar_maps, lidar_cols,
           camera_rows * camera_cols, camera_cols, BLOCK=128)
-    start(_rank, (triton.cdiv(blocks * block, 32), groups * batch), keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
+    start(_rank, (cdiv(blocks * block, 32), groups * batch), keys, order, queries, blocks * block, BLOCK=32, CHUNK=128)
     start(_place, (blocks, maps, batch), cells, seen, order, centres, ranges, batch, queries, blocks * block, maps, lidar_maps,
           lidar_rows, lidar_cols, lidar_size, camera_rows, camera_cols, camera_size, BLOCK=block, TILE=tile)
     return order, centres, ranges

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .forward import _INTERPRETED, dot
-from .launch import _like_heads, _readable, _strides, on_device, starter
+from .launch import _like_heads, _readable, _strides, cdiv, on_device, starter
 from .window_forward import _part_options, _samples, _start_camera, _warps
 from .window_order import _FAR, _NUMBERS, LOG2E, TUNING
 from .window_parts import (_camera_block, _counts, _in_window, _own_keys, _parts_of, _rows, _slice,
@@ -203,10 +203,10 @@ def _start_query_grad(start, do, q, k, v, exact, stats, places, lists, counts, d
 def _start_key_grad(start, do, q, k, v, exact, stats, places, dk, dv, plan):
     (batch, heads, queries, dim), lidar = q.shape, int(plan[0] > 0)
     rows, cols = TUNING['list_rows'], TUNING['list_cols']
-    tiles = sum(n * triton.cdiv(r, rows) * triton.cdiv(c, cols) for n, r, c in ((1, *plan[:2]), plan[2:5]))
+    tiles = sum(n * cdiv(r, rows) * cdiv(c, cols) for n, r, c in ((1, *plan[:2]), plan[2:5]))
     near = torch.empty(batch, tiles, queries, dtype=torch.int16 if queries < 2**15 else torch.int32, device=q.device)
     found, delta = torch.empty(batch, tiles, dtype=torch.int32, device=q.device), torch.empty_like(stats[:, :, 0])
-    sums = triton.cdiv(queries, 16) * heads * batch
+    sums = cdiv(queries, 16) * heads * batch
     start(_prepare_kernel, sums + tiles * batch, exact, do, delta, places, near, found, *_strides(exact, do), heads, queries,
           places.shape[1], plan[2], *plan[:2], *plan[3:], tiles, sums, HAS_LIDAR=lidar, ROWS=rows, COLS=cols, D=dim, BLOCK_Q=16,
           OTHERS=min(1024, triton.next_power_of_2(max(queries, 16))), num_warps=TUNING['list_warps'])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .forward import dot
-from .launch import _like_heads, _readable, _strides, on_device, starter
+from .launch import _like_heads, _readable, _strides, cdiv, on_device, starter
 from .window_order import _FAR, _NUMBERS, LOG2E, TUNING, place_queries, rank_queries
 from .window_parts import _camera_block, _counts, _own_keys, _parts_of, _rows, _slice, _tile
 
@@ -122,7 +122,7 @@ def _start_camera(start, kernel, tensors, strides, q, plan, samples, first_sampl
     heads, queries, views = q.shape[1], q.shape[2], plan[2]
     if not views:
         return
-    blocks = triton.cdiv(queries, TUNING['block_queries'])
+    blocks = cdiv(queries, TUNING['block_queries'])
     programs = min(views * blocks, int(TUNING['views'] * blocks) + views)
     start(kernel, programs * samples * heads, *tensors, *strides, heads, samples, first_sample, queries, views, *plan[:2],
           *plan[3:5], plan[6], programs, *numbers, **_part_options(plan, q.shape[3]),

@@ -9,6 +9,8 @@ __all__ = ['TUNING', 'LOG2E', 'place_queries', 'rank_queries']
 import triton
 import triton.language as tl
 
+from .launch import cdiv
+
 # %% ../../nbs/14_window_order.ipynb #e6f613e4
 # What to sweep on another GPU. The sides of matrix products must be 16 at least: block_queries, tile_rows * tile_cols,
 # key_rows * key_cols, key_queries. All are powers of two but stages, registers, views and scratch; a list is of whole key tiles.
@@ -96,7 +98,7 @@ def place_queries(cells, seen, places, start):
         start: how to start a kernel, see `starter`.
     """
     batch, queries, maps = seen.shape
-    chunks = triton.cdiv(queries, 64)
+    chunks = cdiv(queries, 64)
     start(_place_kernel, chunks * batch, cells, seen, places, queries, maps, chunks, MAPS=triton.next_power_of_2(maps), BLOCK=64,
           num_warps=2)
 
@@ -115,7 +117,7 @@ def rank_queries(places, lists, counts, plan, start):
     batch, views, _, queries = lists.shape
     if (plan[4] + 1) * queries >= 2**31 - 1:
         raise ValueError(f'{queries} queries on {plan[4]} columns are too many to sort in 32 bits: split the queries')
-    chunks = triton.cdiv(queries, TUNING['rank_queries'])
+    chunks = cdiv(queries, TUNING['rank_queries'])
     start(_rank_kernel, chunks * batch * views, places, lists, counts, queries, places.shape[1], views, plan[4], chunks,
           HAS_LIDAR=int(plan[0] > 0), BLOCK=TUNING['rank_queries'],
           OTHERS=min(TUNING['rank_others'], triton.next_power_of_2(max(queries, 16))), num_warps=TUNING['rank_warps'])
