@@ -112,8 +112,20 @@ def test_readme_times_and_errors_come_from_result_files():
     launched, queued = ([figures[basis] for figures in both] for basis in ("to_cudnn", "to_cudnn_queued"))
     assert f"takes {launched[0]:.2f} (forward + backward) with that plan and {launched[1]:.2f} with one of its own" in readme
     assert all(abs(a / b - 1) < 0.01 for a, b in zip(launched[2:], queued[2:]))
+    faster = result("attention_faster_host.json")
+    hosts = [file["rows"][f"shapes/{next(iter(labels))}/cudnn"]["forward"]["launch_us"] for file in (result("attention.json"), faster)]
+    there = [faster["ratios"][f"shapes/{next(iter(labels))}"][way]["forward_backward"]["to_cudnn"] for way in ("fused_planned", "fused")]
+    assert f"call takes this host {hosts[0]:.0f} µs. On a host that takes {hosts[1]:.0f} µs it was {there[0]:.2f} and {there[1]:.2f}" in readme
+    several = [(figures["fused"]["forward_backward"]["to_cudnn_queued"],
+                result("attention.json")["rows"][f"{name}/fused"]["point"]["views_per_query"])
+               for name, figures in ratios.items() if name.startswith("views_per_query")]
+    (a, b, c), (x, y, z) = zip(*several)
+    assert f"Where {x:.1f}, {y:.1f} and {z:.1f} cameras see a query, the second shape takes {a:.2f}, {b:.2f} and {c:.2f}" in readme
     one_map = ratios["one_map/2x900x22528w8"]["fused"]
     assert f"{one_map['forward']['to_cudnn']:.2f} (forward) and {one_map['forward_backward']['to_cudnn']:.2f} (forward" in readme
+    assert f"takes {launched[1]:.2f} of cuDNN's time without one instead of 1.5" in readme
+    layers = [ratios[f"shapes/{name}"]["router"]["forward_backward"]["of_layer_queued"] for name in labels]
+    assert f"takes {100 * min(layers):.0f} to\n{100 * max(layers):.0f} % of the GPU time" in readme
     slower = [r for name in labels if (r := ratios[f"shapes/{name}"]["fused_planned"]["forward_backward"]["to_cudnn_queued"]) > 1]
     assert len(slower) == 2 and f"{min(slower):.2f} to {max(slower):.2f} of it at two of the three shapes" in readme
 
