@@ -144,6 +144,8 @@ def test_readme_training_figures_come_from_result_files():
             paces = [f"{r['samples_per_second']:.1f}" for r in (full, frozen)]
             peaks = [f"{r['memory_mib']['peak'] / 1024:.1f}" for r in (full, frozen, matrix)]
             assert f"| {label}, batch {batch} | {pace:.2f} | {' | '.join(paces + peaks)} |" in readme
+    slow = [numbers["aqr_over_cmt"] for numbers in result("training_slow_host.json")["summary"].values()]
+    assert f"AQR keeps {min(slow):.2f} to {max(slow):.2f} of CMT's pace" in readme
     kept = [numbers["plain"]["4"] for numbers in result("scaling.json")["summary"].values()]
     assert f"{100 * min(kept):.0f} to {100 * max(kept):.0f} % of the pace" in readme
     assert f"({100 * result('instruments.json')['share_with_file']:.1f} % of a step" in readme
