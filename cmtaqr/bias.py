@@ -56,6 +56,8 @@ class LocalBias:
             raise TypeError('a LocalBias needs cmtaqr.geometry.Windows and a tensor of values, got '
                             f'{type(self.windows).__name__} and {type(self.value).__name__}')
         _check_shape('bias values', self.value, self.windows)
+        if not self.value.is_floating_point():
+            raise TypeError(f'bias values must be floating-point numbers, got {self.value.dtype}: convert them')
         if self.sigma is not None:
             object.__setattr__(self, 'sigma', _positive_pair(self.sigma, 'sigma'))
 

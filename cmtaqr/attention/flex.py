@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .reference import _check_bias, _check_heads, _check_mask
+from .reference import _check_bias, _check_heads, _check_mask, _check_types, _scale
 from ..bias import LocalBias
 from ..geometry import _TRITON
 
@@ -98,17 +98,20 @@ def flex_biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | Non
         v: [B, H, K, D] values.
         bias: added to the scores of all heads; None for none.
         attn_mask: bool [Q, K] or [B, Q, K], True where a query may not attend; an expanded one stays as small as it is.
-        scale: factor of q·k; 1/sqrt(D) by default.
+        scale: factor of q·k, positive; 1/sqrt(D) by default.
         dropout_p: 0; anything else is refused.
 
     Returns:
         [B, H, Q, D]; zero for a query that may attend to nothing.
 
     Raises:
-        ValueError: shapes do not fit, or the mask is not bool.
+        TypeError: something else than a tensor or a `LocalBias`.
+        ValueError: shapes do not fit, the mask is not bool, or the scale is not positive.
         RuntimeError: FlexAttention cannot do it; the message says why.
     """
     _check_heads(q, k, v)
+    _check_types(bias, attn_mask=attn_mask)
+    scale = _scale(q, scale)
     if bias is not None:
         _check_bias(q, k, bias.windows)
     obstacle = _flex_obstacle(q, k, v, dropout_p)

@@ -17,6 +17,7 @@ from .backward import _collect, _key_gradients, _prepare, _query_gradients
 from .forward import _forward, _merge
 from .launch import _like_heads, _readable, _strides, cdiv, observed, on_device, starter
 from .plan import Plan, layout_numbers, map_numbers, plan_op, plan_windows
+from .reference import _scale
 from ..bias import LocalBias
 from ..geometry import TokenLayout
 
@@ -281,9 +282,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = No
     Raises:
         ValueError: the scale is not positive, or the plan of the bias belongs to other windows.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f'scale={scale}: must be positive')
+    scale = _scale(q, scale)
     q, k, v = _readable(q, k, v)
     nothing, decay, kind = q.new_empty(0, dtype=torch.float32), [0.0, 0.0], 0
     value, order, centres, ranges = nothing, nothing, nothing, nothing

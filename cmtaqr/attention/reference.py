@@ -75,6 +75,13 @@ def _check_dropout(dropout_p):
         raise ValueError(f'dropout_p={dropout_p!r}: must be a number from 0 to 1')
 
 
+def _scale(q, scale):
+    """The factor of q·k: the one given, or 1/sqrt(D)."""
+    if scale is not None and not scale > 0:
+        raise ValueError(f'scale={scale}: must be positive')
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _autocast(*tensors):
     """The tensors in autocast's dtype, if it is on; float64 stays, as it does in PyTorch's own attention."""
     device = tensors[0].device.type
@@ -112,7 +119,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         v: [B, H, K, D] values.
         bias: added to the scores of all heads; None for none.
         attn_mask: bool [Q, K] or [B, Q, K], True where a query may not attend.
-        scale: factor of q·k; 1/sqrt(D) by default.
+        scale: factor of q·k, positive; 1/sqrt(D) by default.
         dropout_p: dropout of the attention probabilities.
         chunk_size: queries treated at a time; None for as many as keep the chunk's largest tensor within `CHUNK_BYTES`.
 
@@ -131,7 +138,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         _check_bias(q, k, bias.windows)
     if attn_mask is not None:
         _check_mask(q, k, attn_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
 
     def attend(chunk, q, k, v, value):

@@ -76,9 +76,13 @@ def check_folder(folder, resume=False, evaluation=False):
     """Refuse a folder with a run that another one would replace; see `entered`."""
     found = checkpoints(folder)
     records = [json.loads(file.read_text()) for name in ("run.json", "job.json") if (file := Path(folder, name)).is_file()]
-    if evaluation and (found or any("untrained" not in record.get("parameters", {}) for record in records)):
+    evaluated = ["untrained" in record.get("parameters", {}) for record in records]
+    if evaluation and (found or not all(evaluated)):
         raise ParameterError(f"{folder} holds a training, whose record an evaluation would replace: choose another work_dir, for "
                              f"instance work_dir={Path(folder, 'eval')}")
+    if not evaluation and any(evaluated):
+        raise ParameterError(f"{folder} holds an evaluation, whose record a training would replace: choose another work_dir, or "
+                             "remove the folder")
     if found and not resume:
         raise ParameterError(f"{folder} holds {found[0].name} of an earlier run, which a new one would replace: go on with that "
                              "run (resume=True), choose another work_dir, or remove the folder")
@@ -95,8 +99,9 @@ def entered(folder, resume=False, launcher=False, evaluation=False):
         evaluation: Whether the run is one.
 
     Raises:
-        ParameterError: Another run is at work there, or has left checkpoints that this one does not resume from, or there is a
-            training, and this is an evaluation; or somebody else's launcher has started this process as one of several.
+        ParameterError: Another run is at work there, or has left checkpoints that this one does not resume from, or the record
+            of an evaluation where this is a training, or the other way round; or somebody else's launcher has started this
+            process as one of several.
     """
     rank, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (launcher or not torch.distributed.is_initialized()):
