@@ -206,12 +206,9 @@ def test_no_process_is_left_though_none_hears_sigterm(toy, end, loaders):
 
 def test_a_batch_file_does_what_was_typed_wherever_it_is_submitted(toy):
     """With a batch system of a few lines. All paths are relative, and the record has the command of the user."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     call = command(toy, "toy", toy / "slurm")
     call["args"][3:] = ["toy.py", "data_root=data", "work_dir=slurm", "device=cpu", "max_iters=2", "batch_size=2",
-                        "launcher=slurm", "nproc=2", f"port={port}"]
+                        "launcher=slurm", "nproc=2"]
     done = subprocess.run(**call, cwd=toy, capture_output=True)
     assert done.returncode == 0, done.stderr
     text = (toy / "slurm" / "run.sbatch").read_text()
@@ -221,7 +218,7 @@ def test_a_batch_file_does_what_was_typed_wherever_it_is_submitted(toy):
         (toy / name).write_text(f"#!/bin/sh\n{script}\n")
         (toy / name).chmod(0o755)
     paths = os.pathsep.join([str(toy), str(Path(sys.executable).parent), os.environ["PATH"]])
-    system = dict(PATH=paths, SLURM_NNODES="1", SLURM_JOB_ID="1", SLURM_JOB_NODELIST="localhost")
+    system = dict(PATH=paths, SLURM_NNODES="1", SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NODELIST="localhost")
     done = subprocess.run(["bash", str(toy / "slurm" / "run.sbatch")], env=call["env"] | system, cwd=place, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr

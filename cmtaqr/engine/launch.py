@@ -288,7 +288,7 @@ def stop(agent, patience):
         agent.wait()
 
 # %% ../../nbs/50e_launch.ipynb #6627b13e
-def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=29500, remark=None):
+def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=None, remark=None):
     """Text of a Slurm batch file that runs a module on several GPUs of several nodes.
 
     Args:
@@ -298,14 +298,15 @@ def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=2950
         nproc: GPUs, and processes, per node.
         nodes: Nodes.
         hours: Time limit.
-        port: TCP port of the first node at which the agents meet.
+        port: TCP port of the first node at which the agents meet; None for one that follows from the job's number, since two jobs
+            may share a node.
         remark: A line of comment, or None.
 
     Returns:
         The text.
     """
     call = " ".join(["torchrun", "--nnodes", "$SLURM_NNODES", "--nproc-per-node", str(nproc), "--rdzv-backend", "c10d",
-                     "--rdzv-id", "$SLURM_JOB_ID", "--rdzv-endpoint", f'"$first:{port}"', "--max-restarts", "0",
+                     "--rdzv-id", "$SLURM_JOB_ID", "--rdzv-endpoint", '"$first:$port"', "--max-restarts", "0",
                      "--log-dir", shlex.quote(f"{work_dir}/ranks"), "--redirects", "3", "-m", module, *map(shlex.quote, arguments)])
     name = re.sub(r"[^\w.-]+", "_", Path(work_dir).name)
     return "\n".join([
@@ -317,4 +318,5 @@ def sbatch_file(module, arguments, work_dir, nproc, nodes=1, hours=72, port=2950
         "#SBATCH --signal=TERM@120          # two minutes before the limit: end cleanly, the newest checkpoint is kept",
         *([f"# {remark}"] if remark else []), "set -e",
         "# partition, account and the activation of your environment go here",
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', f"srun {call}", ""])
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"port={port or '$((10000 + SLURM_JOB_ID % 20000))'}", f"srun {call}", ""])

@@ -182,7 +182,7 @@ class RunParameters(Parameters):
     launcher: str = option("torchrun", "torchrun starts them here; slurm writes a batch file and starts nothing",
                            choices=lambda: ["torchrun", "slurm"])
     nodes: int = option(1, "nodes, with launcher slurm", low=1)
-    port: int | None = option(None, "TCP port at which the processes meet; None: a free one, with slurm 29500", low=1)
+    port: int | None = option(None, "TCP port at which the processes meet; None: a free one, with slurm by the job's number", low=1)
 
     def _check_together(self):
         find_config(self.config)

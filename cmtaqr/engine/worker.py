@@ -170,7 +170,7 @@ def write_sbatch(kind, params, cfg):
     job, path = write_job(kind, params, cfg.work_dir), Path(cfg.work_dir, "run.sbatch")
     remark = "an interrupted run goes on if this file is written again with resume=true, and submitted"
     path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes,
-                                port=params.port or 29500, remark=remark if kind == "train" else None))
+                                port=params.port, remark=remark if kind == "train" else None))
     return path
 
 # %% ../../nbs/56h_worker.ipynb #e475c9e3
