@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Redraw the kept figures: the demo's from outputs/demo, those of the real frame and of training speed from nbs/results."""
+"""Redraw the kept figures: the demo's from outputs/demo, those of the real frame, of attention and of training from nbs/results."""
 import json
 import shutil
 from pathlib import Path
 
 import cv2
 
+from cmtaqr.attention.benchmark import plot_attention
 from cmtaqr.engine.overfit import plot_overfit
 from cmtaqr.engine.scaling import plot_scaling
 from cmtaqr.engine.train_speed import plot_training
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "nbs" / "figures"
 
 
-RESULTS = dict(overfit=("overfit_real_frame", plot_overfit), training=("training", plot_training), scaling=("scaling", plot_scaling))
+RESULTS = dict(overfit=("overfit_real_frame", plot_overfit), attention=("attention", plot_attention),
+               training=("training", plot_training), scaling=("scaling", plot_scaling))
 
 
 def measured():
