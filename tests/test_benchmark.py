@@ -159,7 +159,8 @@ def test_notebook_draws_a_made_up_file(tmp_path):
     found = {}
     for name, group, alternative, point in rows():
         ms = point.batch * point.queries * point.layout.num_keys / 2e8
-        phase = dict(median=ms, p10=0.9 * ms, p90=1.1 * ms, queued=dict(median=0.8 * ms, p10=0.7 * ms, p90=ms), launch_us=50.0, peak_mib=30.0)
+        queued = dict(median=0.8 * ms, p10=0.7 * ms, p90=ms)
+        phase = dict(median=ms, p10=0.9 * ms, p90=1.1 * ms, queued=queued, launch_us=50.0, peak_mib=30.0)
         facts = dict(batch=point.batch, queries=point.queries, keys=point.layout.num_keys, window=point.window,
                      views_per_query=1.1)
         found[name] = dict(group=group, alternative=alternative, point=facts, forward=phase, backward=phase,

@@ -44,22 +44,22 @@ resume_engine.train_toy(**values)
 """
 
 
-def train_apart(values, kill=0):
-    """Train in a process of its own, which dies after so many iterations and the checkpoint of the last one, if told to."""
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps([values, kill])], env=environment, capture_output=True, text=True)
-    assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
+def train_apart(*runs):
+    """Train side by side in processes of their own, from (values, iterations after which it dies; 0 for never)."""
+    options = dict(text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    started = [subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(run)], **options) for run in runs]
+    for process, (_, kill) in zip(started, runs):
+        _, said = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if kill else 0), said
 
 
 def repeated_and_resumed(values, folder, runs):
     """Train several times alike, then once killed in the middle and resumed; the work folders, that of the resumed run last."""
-    folders, interval = [folder / str(number) for number in range(runs + 1)], values["max_iters"] // 2
-    for place in folders[:-1]:
-        train_apart(values | dict(work_dir=str(place), interval=interval))
-    killed = values | dict(work_dir=str(folders[-1]), interval=interval)
-    train_apart(killed, kill=interval)
-    assert newest_checkpoint(folders[-1]).name == f"iter_{interval}.pth"
-    train_apart(killed | dict(resume=True, num_workers=1))
+    folders, middle = [folder / str(number) for number in range(runs + 1)], values["max_iters"] // 2
+    *repeated, killed = (values | dict(work_dir=str(place), interval=middle) for place in folders)
+    train_apart(*((each, 0) for each in repeated), (killed, middle))
+    assert newest_checkpoint(folders[-1]).name == f"iter_{middle}.pth"
+    train_apart((killed | dict(resume=True, num_workers=1), 0))
     return folders
 
 
