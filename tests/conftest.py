@@ -1,5 +1,6 @@
 """Shared fixtures: reference material that lies beside the repository on some machines, and skips that say why."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # For the processes that tests start: the package, where it is not installed, and modules of the tests.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
