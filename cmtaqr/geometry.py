@@ -18,6 +18,16 @@ from torch import Tensor
 from .projection import _check_bev, _check_camera, _check_points, bev_cells, camera_cells
 
 # %% ../nbs/01b_geometry.ipynb #ed944fde
+def _whole(sizes, length):
+    """The sizes as a tuple of `length` positive integers; None if they are anything else."""
+    try:
+        sizes = tuple(sizes)
+        whole = tuple([int(n) for n in sizes])
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return whole if len(whole) == length and all([n == m and n >= 1 for n, m in zip(whole, sizes)]) else None
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Sizes of the feature maps whose cells are the keys, in key order: BEV first, then the cameras.
@@ -37,10 +47,10 @@ class TokenLayout:
             size = getattr(self, name)
             if size is None:
                 continue
-            size = tuple(size)
-            if len(size) != length or any(int(n) != n or n < 1 for n in size):
+            whole = _whole(size, length)
+            if whole is None:
                 raise ValueError(f'TokenLayout {name}={size}: expected {length} positive integers, or None without that sensor')
-            object.__setattr__(self, name, tuple(int(n) for n in size))
+            object.__setattr__(self, name, whole)
         if self.lidar is None and self.camera is None:
             raise ValueError('TokenLayout without any map: give lidar=(rows, cols), camera=(views, rows, cols) or both')
 
@@ -101,7 +111,8 @@ class Windows:
         sizes: M window sizes, cells; the same for all cameras. A window larger than its map is cut off at the borders.
 
     Raises:
-        ValueError: shapes do not match the layout, or a size is not positive.
+        TypeError: something else than a `TokenLayout` and tensors.
+        ValueError: shapes do not match the layout, or a size is not a positive integer.
     """
     layout: TokenLayout
     cells: Tensor
@@ -109,12 +120,17 @@ class Windows:
     sizes: tuple
 
     def __post_init__(self):
+        if not (isinstance(self.layout, TokenLayout) and isinstance(self.cells, Tensor) and isinstance(self.seen, Tensor)):
+            raise TypeError('Windows need a TokenLayout and tensors of cells and seen, got '
+                            f'{", ".join(type(part).__name__ for part in (self.layout, self.cells, self.seen))}')
         maps = self.layout.num_maps
         if self.cells.dim() != 4 or self.cells.shape[2:] != (maps, 2) or self.seen.shape != self.cells.shape[:3]:
             raise ValueError(f'windows on {maps} maps need cells [B, Q, {maps}, 2] and seen [B, Q, {maps}], '
                              f'got {list(self.cells.shape)} and {list(self.seen.shape)}')
-        if len(self.sizes) != maps or min(self.sizes) < 1 or len(set(self.sizes[maps - self.layout.num_views:])) > 1:
+        whole = _whole(self.sizes, maps)
+        if whole is None or len(set(whole[maps - self.layout.num_views:])) > 1:
             raise ValueError(f'window sizes {self.sizes}: expected {maps} positive integers, the same for all cameras')
+        object.__setattr__(self, 'sizes', whole)
 
     def resized(self, window_sizes) -> 'Windows':
         """The same centres with other window sizes ([camera, lidar] or one integer, cells)."""
