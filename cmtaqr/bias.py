@@ -25,8 +25,8 @@ def _check_shape(name, values, windows):
 
 def _positive_pair(value, name):
     pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, Real) and 0 < v < math.inf for v in pair):
-        raise ValueError(f'{name}={value!r}: expected one positive number, or two as [camera, lidar]')
+    if len(pair) != 2 or not all(isinstance(v, Real) and 1e-15 <= v <= 1e15 for v in pair):
+        raise ValueError(f'{name}={value!r}: expected one positive number, or two as [camera, lidar], from 1e-15 to 1e15')
     return tuple(float(v) for v in pair)
 
 
@@ -37,13 +37,14 @@ class LocalBias:
     Args:
         windows: where the bias acts.
         value: [B, Q, 2] bias inside the windows (LiDAR, camera), at least fp32; gradients flow into it.
-        sigma: width of a Gaussian window, cells; one number or (camera, lidar); None for a constant window.
+        sigma: width of a Gaussian window, cells, whose square fp32 can hold; one number or (camera, lidar); None for a constant
+            window.
         is_global: the bias acts on every key of the modality.
         plan: what `attention.planned` found out about the windows, for several calls with the same ones.
 
     Raises:
         TypeError: `windows` or `value` is something else.
-        ValueError: `value` does not match the windows, or a width is not positive.
+        ValueError: `value` does not match the windows, or a width is not positive or out of range.
     """
     windows: Windows
     value: Tensor
@@ -62,8 +63,9 @@ class LocalBias:
             object.__setattr__(self, 'sigma', _positive_pair(self.sigma, 'sigma'))
 
     def dense(self, queries: slice = slice(None)) -> Tensor:
-        """The bias of some queries as a matrix [B, q, K]: for teaching, tests, and attention in chunks of queries."""
+        """The bias of some queries as a matrix [B, q, K], fp32 at least: for teaching, tests, and attention in chunks."""
         windows, value, parts = self.windows.select(queries), self.value[:, queries], []
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
         bounds = windows.bounds()
         for start, stop, _, rows, cols in windows.groups():
             modality = windows.layout.modality[start]

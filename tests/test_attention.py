@@ -235,6 +235,18 @@ def test_zero_bias_changes_nothing():
     assert torch.equal(attention_reference(q, k, v, bias), attention_reference(q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("settings", [{}, dict(sigma=(1.0, 2.5)), dict(is_global=True)])
+def test_values_of_other_dtypes_are_the_same_bias(dtype, settings):
+    """Computed in the dtype of the scores: half precision does not round the Gaussian, and float64 is no error."""
+    q, k, v, value = (t.detach() for t in inputs(dtype=torch.float32))
+    windows, value = random_windows(LAYOUT, 2, 7, [4, 3]), value.to(dtype)
+    for backend in ("auto", "sdpa"):
+        out, expected = (biased_attention(q, k, v, LocalBias(windows, t, **settings), backend=backend)
+                         for t in (value, value.float()))
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
 def test_window_attention_is_masked_attention():
     q, k, v, _ = inputs()
     windows = random_windows(LAYOUT, 2, 7, [4, 3])

@@ -166,6 +166,8 @@ def replaced(bias, value=None, **changes):
                                                               torch.zeros(1, 1, 2)))),
     (ValueError, r"scale=-1.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=-1.0)),
     (ValueError, r"scale=0.0: .* positive", lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=0.0)),
+    (ValueError, r"scale=tensor\(1.\): .* positive",
+     lambda q, k, v, b: fused_cases.fused.fused_attention(q, k, v, b, scale=torch.ones(()))),
 ])
 def test_bad_input_is_refused(error, message, call):
     with pytest.raises(error, match=message):

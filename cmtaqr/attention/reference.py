@@ -77,9 +77,11 @@ def _check_dropout(dropout_p):
 
 def _scale(q, scale):
     """The factor of q·k: the one given, or 1/sqrt(D)."""
-    if scale is not None and not scale > 0:
-        raise ValueError(f'scale={scale}: must be positive')
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, Real) or not 1e-30 <= scale <= 1e30:
+        raise ValueError(f'scale={scale!r}: must be a positive number, from 1e-30 to 1e30')
+    return float(scale)    # Triton would compile other kernels for an integer, and write a 1 into them
 
 
 def _autocast(*tensors):
@@ -145,7 +147,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None 
         with torch.autocast(q.device.type, enabled=False):
             scores = (q[:, :, chunk].to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
             if bias is not None:
-                scores = scores + LocalBias(bias.windows, value, bias.sigma, bias.is_global).dense(chunk)[:, None]
+                scores = scores + LocalBias(bias.windows, value.to(dtype), bias.sigma, bias.is_global).dense(chunk)[:, None]
             if attn_mask is None:
                 weights = scores.softmax(-1)
             else:
