@@ -223,6 +223,11 @@ def test_transforms_and_fake_tensors_see_the_same_attention():
         torch.testing.assert_close(forward, (attend(start + step) - attend(start - step)) / 2e-6, rtol=1e-5, atol=1e-7)
         with dual_level():
             torch.testing.assert_close(unpack_dual(attend(make_dual(start, value))).tangent, forward)
+    for bias in (None, LocalBias(windows, zero)):          # PyTorch's kernels, which auto takes here, have no forward mode
+        forward = torch.func.jvp(lambda q: biased_attention(q, k, v, bias), (q,), (q,))[1]
+        step = 1e-6 * q
+        torch.testing.assert_close(forward, (attention_reference(q + step, k, v) - attention_reference(q - step, k, v)) / 2e-6,
+                                   rtol=1e-5, atol=1e-7)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in (q, k, v, zero, windows.cells, windows.seen)]
         bias = LocalBias(Windows(LAYOUT, *fake[4:], windows.sizes), fake[3])

@@ -157,6 +157,8 @@ def replaced(bias, value=None, **changes):
      lambda q, k, v, b: torch.func.jvp(lambda k: biased(q, k, v, b), (k,), (k,))),
     (RuntimeError, r"backend='triton': .* no forward-mode derivatives",
      lambda q, k, v, b: torch.func.jvp(lambda value: biased(q, k, v, replaced(b, value)), (b.value,), (b.value,))),
+    (RuntimeError, r"backend='triton': torch.func's grad, vjp and jacrev .*: use torch.autograd",
+     lambda q, k, v, b: torch.func.grad(lambda q: biased(q, k, v, b).sum())(q)),
     (RuntimeError, r"backend='triton': .* at most 65535 samples times heads .* got 8192 times 8",
      lambda q, k, v, b: biased(*(t[:1, :1].expand(8192, 8, -1, -1) for t in (q, k, v)), None)),
     (RuntimeError, r"backend='triton': .*one head counts as two.*got 32768 times 1",

@@ -192,8 +192,10 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LocalBias | None = N
         return _flash_attn(q, k, v, bias, attn_mask, dropout_p)
     if backend == 'auto' and bias is not None and _does_nothing(bias):
         bias = None
-    if backend == 'auto' and bias is not None and _low_rank(q, k, bias, attn_mask):
+    # PyTorch's fast kernels have no forward-mode derivatives either
+    followed = backend == 'auto' and _has_tangent(q, k, v, *(() if bias is None else (bias.value,)))
+    if backend == 'auto' and bias is not None and not followed and _low_rank(q, k, bias, attn_mask):
         return flash_bias(q, k, v, *global_bias_factors(bias), split=True, dropout_p=dropout_p)
-    if backend == 'reference' or backend == 'auto' and bias is not None:
+    if backend == 'reference' or followed or backend == 'auto' and bias is not None:
         return attention_reference(q, k, v, bias, attn_mask, dropout_p=dropout_p)
     return _sdpa(q, k, v, bias, attn_mask, dropout_p)

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .launch import transforms
 from .reference import _check_bias, _check_heads, _check_mask, _check_types, _scale
 from ..bias import LocalBias
 from ..geometry import _TRITON
@@ -32,10 +33,11 @@ def _bias_term(bias, dtype):
     modality, place, row, col = _key_tables(windows)
     if bias.is_global:
         return lambda b, i, j: value[b, i, modality[j]]
-    row0, row1, col0, col1 = (t.contiguous() for t in windows.bounds().int().unbind(-1))
+    # what lies farther off than 32 bits can say stays off the maps
+    row0, row1, col0, col1 = (t.contiguous() for t in windows.bounds().clamp(-2**30, 2**30).int().unbind(-1))
     decay = centre_row = centre_col = None                     # a compiled function may not leave names of its closure unbound
     if bias.sigma is not None:
-        centre_row, centre_col = (t.contiguous() for t in windows.cells.int().unbind(-1))
+        centre_row, centre_col = (t.contiguous() for t in windows.cells.clamp(-2**30, 2**30).int().unbind(-1))
         camera, lidar = (-0.5 / s ** 2 for s in bias.sigma)
         decay = torch.where(modality == 0, value.new_full((), lidar), value.new_full((), camera))
 
@@ -45,7 +47,8 @@ def _bias_term(bias, dtype):
         # one look-up: compiled, a tensor that needs a gradient may be read only once
         weight = value[b, i, modality[j]]
         if decay is not None:
-            rows, cols = r - centre_row[b, i, m], c - centre_col[b, i, m]
+            # floats: the squares of more than 46,340 cells do not fit into 32 bits
+            rows, cols = (r - centre_row[b, i, m]).to(dtype), (c - centre_col[b, i, m]).to(dtype)
             weight = weight * torch.exp(decay[j] * (rows * rows + cols * cols))
         return torch.where(inside, weight, 0.0)
     return term
@@ -70,6 +73,8 @@ def _flex_obstacle(q, k, v, dropout_p):
     """Why FlexAttention cannot compute this; None if it can."""
     if dropout_p:
         return f'FlexAttention does not drop probabilities (dropout_p={dropout_p})'
+    if transforms():
+        return 'FlexAttention does not go through the transforms of torch.func: use another backend'
     if not q.dtype == k.dtype == v.dtype:
         return f'q, k and v need one dtype, got {q.dtype}, {k.dtype}, {v.dtype}'
     if not (q.numel() and k.shape[2]):

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd.forward_ad import unpack_dual
 
-from .launch import observed
+from .launch import observed, transforms
 from .reference import _autocast, _check_dtypes, _check_windows, window_attention_reference
 from ..geometry import Windows, _no_triton
 
@@ -34,6 +35,8 @@ def _obstacle(q, k, v):
         return f'the kernels take head dimensions {_HEAD_DIMS}, got {q.shape[3]}'
     if _has_tangent(q, k, v):
         return 'the kernels have no forward-mode derivatives'
+    if TransformType.Grad in transforms():
+        return "torch.func's grad, vjp and jacrev cannot differentiate the kernels: use torch.autograd or backend='reference'"
     return _no_triton(q, 'tensors')
 
 # %% ../../nbs/14c_window.ipynb #b9d3c772
