@@ -137,6 +137,8 @@ def _forward(q, k, v, order, centres, ranges, value, ignored, out, lse,
     result = sums / tl.where(some, total, 1.0)[:, None]
     if KIND == 1 or KIND == 2:
         result += (given - given)[:, None]
+    if KIND == 3:
+        result += tl.where(given > 0, given - given, 0.0)[:, None]
     level = tl.where(some, top * to_base2 + tl.log2(tl.where(some, total, 1.0)), float('-inf'))
     target = out + split * o_split + sample * o_batch + head * o_head + rows * o_row + dims[None, :]
     tl.store(target, result.to(out.dtype.element_ty), ok[:, None])
