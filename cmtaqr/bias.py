@@ -18,6 +18,9 @@ from .scale import PRESETS, BoundedScale, inward_clamp
 
 # %% ../nbs/02a_bias.ipynb #9126aba8
 def _check_shape(name, values, windows):
+    if not isinstance(windows, Windows) or not isinstance(values, Tensor):
+        raise TypeError(f'{name} need cmtaqr.geometry.Windows and a tensor of values, got '
+                        f'{type(windows).__name__} and {type(values).__name__}')
     want = [*windows.seen.shape[:2], 2]
     if list(values.shape) != want:
         raise ValueError(f'{name} must be [B, Q, 2] = {want} (LiDAR, camera) for these windows, got {list(values.shape)}')
@@ -53,9 +56,6 @@ class LocalBias:
     plan: tuple | None = None
 
     def __post_init__(self):
-        if not isinstance(self.windows, Windows) or not isinstance(self.value, Tensor):
-            raise TypeError('a LocalBias needs cmtaqr.geometry.Windows and a tensor of values, got '
-                            f'{type(self.windows).__name__} and {type(self.value).__name__}')
         _check_shape('bias values', self.value, self.windows)
         if not self.value.is_floating_point():
             raise TypeError(f'bias values must be floating-point numbers, got {self.value.dtype}: convert them')
@@ -136,6 +136,7 @@ class AttentionBiasGenerator(BoundedScale):
             One bias for all layers, or with scale_per='layer' a list of one per layer, which share one `Windows`.
 
         Raises:
+            TypeError: `weights` or `windows` is something else.
             ValueError: the weights do not match the windows; with `check`, a weight is NaN or outside [-1, 1].
         """
         _check_shape('weights', weights, windows)

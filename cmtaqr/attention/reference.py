@@ -34,7 +34,8 @@ def _check_types(bias=None, layout=None, **tensors):
 
 def _check_heads(q, k, v):
     _check_tensors(q=q, k=k, v=v)
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] > 0
+    if not fits:
         raise ValueError('attention needs q [B, H, Q, D] and k, v [B, H, K, D], '
                          f'got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}')
 
