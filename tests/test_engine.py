@@ -244,6 +244,7 @@ def test_a_config_that_cannot_be_read_or_built_is_one_line(toy, capsys, text, sa
 
 def test_a_command_line_says_what_a_shell_can_do(toy, capsys):
     for words, message in [(["config=other.py"], "config is given twice: .*toy.py' and config='other.py'"),
+                           (["work_dir="], "work_dir is empty: give a value, or leave it out"),
                            (["compile=image"], r"in a shell as 'compile=\[image, decoder\]'"),
                            (["device=cuda:3", "nproc=2"], "device='cuda:3' is one GPU, .* CUDA_VISIBLE_DEVICES")]:
         assert train_main([toy["config"], f"data_root={toy['data_root']}", *words]) == 1

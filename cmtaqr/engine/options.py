@@ -56,6 +56,8 @@ def _check_value(name, value, meta):
     """Check one value against its own declaration; see `option`."""
     if value is None:
         return
+    if value == "":
+        raise ParameterError(f"{name} is empty: give a value, or leave it out ({meta['help']})")
     for v in value if isinstance(value, (list, tuple)) else [value]:
         if meta["low"] is not None and v < meta["low"]:
             raise ParameterError(f"{name}={value!r} must be at least {meta['low']} ({meta['help']})")
@@ -90,6 +92,8 @@ class Parameters:
             if not _accepts(value, hints[name]):
                 example = known[name].metadata["example"]
                 how = f"; give it with papermill -y '{name}: {example}', or in a shell as '{name}={example}'" if example else ""
+                if isinstance(value, str) and _accepts(True, hints[name]) and value.lower() in ("true", "false"):
+                    how = f"; papermill's -p wants {value.capitalize()}"
                 raise ParameterError(f"{name}={value!r} is a {type(value).__name__}, expected {_spell(hints[name])}{how}")
             _check_value(name, value, known[name].metadata)
         params = cls(**values)

@@ -9,6 +9,7 @@ __all__ = ['LAUNCHING', 'assignments', 'command_parser', 'stopped', 'run_command
 import argparse
 import sys
 from dataclasses import fields
+from typing import get_type_hints
 
 import yaml
 
@@ -18,7 +19,11 @@ from .safe_files import checkpoints
 from .worker import KINDS, run, write_sbatch
 
 # %% ../../nbs/56i_train_command.ipynb #7445f5ca
-def _value(text):
+def _value(text, as_typed):
+    if text in ("None", "null", "~"):
+        return None
+    if as_typed and text[:1] not in ("'", '"'):
+        return text
     value = yaml.safe_load(text) if text else ""
     if isinstance(value, str):
         try:
@@ -28,11 +33,17 @@ def _value(text):
     return value
 
 
-def assignments(words):
+def _texts(kind):
+    """Names of the parameters of a kind of run that are texts, such as paths."""
+    return [name for name, hint in get_type_hints(KINDS[kind]).items() if hint in (str, str | None)]
+
+
+def assignments(words, texts=()):
     """Parameters from words of the form key=value.
 
     Args:
         words: For instance ['max_iters=500', 'window_size=[8, 5]'].
+        texts: Names whose values are taken as typed, unless quoted or None: 'work_dir=run #2', 'work_dir=2026-11-30'.
 
     Returns:
         Dictionary of name to value.
@@ -48,7 +59,7 @@ def assignments(words):
         if name in values:
             raise ParameterError(f"{name} is given twice: {values[name]!r} and {text!r}")
         try:
-            values[name] = _value(text)
+            values[name] = _value(text, name in texts)
         except yaml.YAMLError as error:
             raise ParameterError(f"{word!r}: the value is not readable ({error})".replace("\n", " ")) from error
     return values
@@ -96,7 +107,7 @@ def run_command(kind, arguments=None):
     launching = [f"{name}={getattr(options, name)}" for name in LAUNCHING if getattr(options, name) is not None]
     cfg = None
     try:
-        given = assignments(options.parameters + launching)
+        given = assignments(options.parameters + launching, _texts(kind))
         if "config" in given:
             raise ParameterError(f"config is given twice: {options.config!r} and config={given['config']!r}; leave one out")
         params = KINDS[kind].check(dict(given, config=options.config))
