@@ -39,7 +39,7 @@ class NuScenesFrames(NuScenesDataset):
 
     Raises:
         FileNotFoundError: If the root or the info file is missing; the message says how to make it.
-        ValueError: If the info file lists no frame.
+        ValueError: If the info file is broken, or lists no frame.
     """
 
     def __init__(self, data_root, ann_file, data_prefix=None, metainfo=None, modality=None, filter_empty_gt=False, **kwargs):
@@ -48,7 +48,11 @@ class NuScenesFrames(NuScenesDataset):
             require_root(data_root)
             raise FileNotFoundError(f'{path} does not exist: write it with `python -m cmtaqr.data.nuscenes {data_root}`')
         with open(path, 'rb') as file:
-            content = pickle.load(file)
+            try:
+                content = pickle.load(file)
+            except (pickle.UnpicklingError, EOFError) as error:
+                raise ValueError(f'{path} is broken ({error}): write it again with `python -m cmtaqr.data.nuscenes {data_root} '
+                                 '--force`') from error
         if not content['data_list']:
             raise ValueError(f'{path} lists no frame: {data_root} has no scene of this split, choose the other one')
         if data_prefix is None:
