@@ -254,6 +254,10 @@ def test_refusals(toy, capsys):
     assert train_main([*base, "device=cpu", "--nproc", "0"]) == 1
     assert "nproc=0" in capsys.readouterr().err
     assert not (toy / "run").exists()
+    file = toy / "file"
+    file.touch()
+    assert train_main([*base[:2], f"work_dir={file}", "max_iters=2", "device=cpu", "launcher=slurm"]) == 1
+    assert f"cannot write in {file}" in capsys.readouterr().err
 
 
 def test_a_run_that_stops_itself_says_why_in_a_line(toy, capsys):

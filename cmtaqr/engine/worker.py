@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from .configure import run_config
 from .folder import check_folder, entered, release
 from .launch import check_processes, end_with_agent, launch, log_folder, sbatch_file
-from .parameters import EvalParameters, TrainParameters
+from .parameters import EvalParameters, ParameterError, TrainParameters
 from .record import command, peak_memory, write_json
 from .runner import build_runner, model_size, parameter_groups, train
 
@@ -164,13 +164,17 @@ def write_sbatch(kind, params, cfg):
         Path of the batch file.
 
     Raises:
-        ParameterError: The run would be refused when its turn comes, see `check_folder`.
+        ParameterError: The run would be refused when its turn comes, see `check_folder`, or the folder cannot be written.
     """
     check_folder(cfg.work_dir, cfg.resume, evaluation=kind == "eval")
-    job, path = write_job(kind, params, cfg.work_dir), Path(cfg.work_dir, "run.sbatch")
+    path = Path(cfg.work_dir, "run.sbatch")
     remark = "an interrupted run goes on if this file is written again with resume=true, and submitted"
-    path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes,
-                                port=params.port, remark=remark if kind == "train" else None))
+    try:
+        job = write_job(kind, params, cfg.work_dir)
+        path.write_text(sbatch_file("cmtaqr.engine.worker", [str(job)], cfg.work_dir, params.nproc, params.nodes,
+                                    port=params.port, remark=remark if kind == "train" else None))
+    except OSError as error:
+        raise ParameterError(f"cannot write in {cfg.work_dir}: {error}; choose another work_dir") from error
     return path
 
 # %% ../../nbs/56h_worker.ipynb #e475c9e3
