@@ -12,7 +12,7 @@ pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[det
 import cmtaqr  # noqa: E402
 import toy_engine  # noqa: E402
 from cmtaqr.engine.hooks import read_history  # noqa: E402
-from cmtaqr.engine.parameters import ParameterError  # noqa: E402
+from cmtaqr.engine.parameters import EvalParameters, ParameterError  # noqa: E402
 from cmtaqr.engine.record import starts  # noqa: E402
 from cmtaqr.engine.rerun import compare_losses, main, read_run, rerun  # noqa: E402
 from cmtaqr.engine.train import main as train_main  # noqa: E402
@@ -139,7 +139,17 @@ def test_refusals(toy):
     run = train(toy)
     with pytest.raises(ParameterError, match="is the run itself"):
         rerun(run, run)
+    (run / "history.json").write_text("{")
+    with pytest.raises(ValueError, match="history.json is broken"):
+        rerun(run, toy / "out")
+    assert not (toy / "out").exists()
     record = json.loads((run / "run.json").read_text())
+    evaluation = toy / "eval"
+    evaluation.mkdir()
+    parameters = EvalParameters(config=str(toy / "toy.py"), untrained=True).asdict()
+    (evaluation / "run.json").write_text(json.dumps(record | dict(parameters=parameters)))
+    with pytest.raises(FileNotFoundError, match="the evaluation there did not come to its end"):
+        rerun(evaluation, toy / "out")
     record["parameters"]["magic"] = 1
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(ParameterError, match="unknown parameter 'magic'"):

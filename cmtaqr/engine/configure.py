@@ -6,7 +6,6 @@
 __all__ = ['load_config', 'resolve_device', 'stretched', 'run_config', 'check_data', 'changes', 'differs_from_training']
 
 # %% ../../nbs/51i_configure.ipynb #b9bc9fbf
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mmengine.config import Config
 from .aqr import put_aqr
 from .frozen import apply_freezing
 from .parameters import ParameterError, package_root, read_config
-from .record import flat
+from .record import flat, read_json
 from .scale_out import put_feed, put_scale
 from .start import checkpoint_file, resumed_from
 
@@ -268,7 +267,7 @@ def differs_from_training(params, checkpoint):
     record = Path(checkpoint).parent / "run.json" if checkpoint else None
     if record is None or not record.is_file():
         return {}
-    trained, here = json.loads(record.read_text())["parameters"], params.asdict()
+    trained, here = read_json(record)["parameters"], params.asdict()
     names = ("config", "version", "enable_aqr", "preset", "min_scale", "max_scale", "window_size", "bias_form", "scale_mode",
              "scale_per")
     return {n: (trained.get(n), here[n]) for n in names if trained.get(n) != here[n]}

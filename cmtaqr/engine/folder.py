@@ -8,13 +8,13 @@ __all__ = ['hold', 'release', 'check_folder', 'entered']
 # %% ../../nbs/51k_folder.ipynb #7956032c
 import contextlib
 import fcntl
-import json
 import os
 from pathlib import Path
 
 import torch
 
 from .parameters import ParameterError
+from .record import read_json
 from .safe_files import checkpoints
 
 # %% ../../nbs/51k_folder.ipynb #542bedf1
@@ -75,7 +75,7 @@ def release(folder):
 def check_folder(folder, resume=False, evaluation=False):
     """Refuse a folder with a run that another one would replace; see `entered`."""
     found = checkpoints(folder)
-    records = [json.loads(file.read_text()) for name in ("run.json", "job.json") if (file := Path(folder, name)).is_file()]
+    records = [read_json(file) for name in ("run.json", "job.json") if (file := Path(folder, name)).is_file()]
     evaluated = ["untrained" in record.get("parameters", {}) for record in records]
     if evaluation and (found or not all(evaluated)):
         raise ParameterError(f"{folder} holds a training, whose record an evaluation would replace: choose another work_dir, for "

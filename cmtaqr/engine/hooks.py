@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from .progress import Progress
+from .record import read_json
 from .safe_files import NotWritten, write_whole
 
 # %% ../../nbs/51_hooks.ipynb #d9b8c9e3
@@ -165,11 +166,12 @@ def read_history(folder, filename="history.json"):
 
     Raises:
         FileNotFoundError: The folder holds no history.
+        ValueError: The history is broken.
     """
     path = Path(folder, filename)
     if not path.is_file():
         raise FileNotFoundError(f"no training history {path}: is {folder} the work_dir of a training run?")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 # %% ../../nbs/51_hooks.ipynb #ee0ff2cc
 def _batch_size(batch):

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from .configure import run_config
 from .hooks import read_history
 from .parameters import EvalParameters, ParameterError, TrainParameters, find_config
-from .record import flat, git_commit, machine, recorded_path, starts, versions, write_json
+from .record import flat, git_commit, machine, read_json, recorded_path, starts, versions, write_json
 from .runner import MixedPrecisionWrapper, safe_settings
 from .safe_files import checkpoints
 from .worker import run
@@ -54,7 +54,7 @@ def read_run(folder):
     path = Path(folder, "run.json")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the work_dir of a run")
-    record = json.loads(path.read_text())
+    record = read_json(path)
     given, first = _absolute(record), _absolute(starts(record)[0])
     start = Path(first["checkpoint"] or folder).resolve()
     if first["resume"] and Path(folder).resolve() in (start, start.parent):
@@ -179,6 +179,14 @@ def compare_losses(first, second):
     return dict(iterations=len(pairs), equal=equal, first_difference=different, largest=largest)
 
 # %% ../../nbs/56k_rerun.ipynb #8e670a8f
+def _metrics(folder):
+    """Metrics of an evaluation that came to its end."""
+    path = Path(folder, "result.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: the evaluation there did not come to its end, and there is nothing to compare with")
+    return read_json(path)["metrics"]
+
+
 def rerun(folder, out, tolerance=0.0, today=False):
     """Repeat a run.
 
@@ -193,13 +201,14 @@ def rerun(folder, out, tolerance=0.0, today=False):
         `metrics` (name to then and now).
 
     Raises:
-        FileNotFoundError: `folder` holds no run, or data or checkpoint are gone.
+        FileNotFoundError: `folder` holds no run or nothing to compare with, or data or checkpoint are gone.
         ParameterError: `out` is `folder`, a parameter cannot be used any more, the record does not tell how the run began, or `today` is
             asked for and the config is gone.
     """
     if Path(out).resolve() == Path(folder).resolve():
         raise ParameterError(f"--out {out} is the run itself: choose another folder")
     kind, params, record = read_run(folder)
+    before = read_history(folder)["records"] if kind == "train" else _metrics(folder)
     params = dataclasses.replace(params, work_dir=str(out))
     if params.resume and checkpoints(out):
         raise ParameterError(f"--out {out} holds checkpoints, from which the repetition would go on: choose an empty folder")
@@ -218,11 +227,10 @@ def rerun(folder, out, tolerance=0.0, today=False):
     result = run(kind, params, run_config(params))
     outcome = dict(run=str(folder), differences=found)
     if kind == "train":
-        losses = compare_losses(*(read_history(f)["records"] for f in (folder, out)))
-        complete = len({len(read_history(f)["records"]) for f in (folder, out)}) == 1
-        outcome |= dict(losses=losses, same=complete and losses["largest"] <= tolerance)
+        again = read_history(out)["records"]
+        losses = compare_losses(before, again)
+        outcome |= dict(losses=losses, same=len(before) == len(again) and losses["largest"] <= tolerance)
     else:
-        before = json.loads(Path(folder, "result.json").read_text())["metrics"]
         pairs = {name: (before[name], value) for name, value in result["metrics"].items()}
         outcome |= dict(metrics=pairs, same=all(a == b or abs(a - b) <= tolerance * abs(a) for a, b in pairs.values()))
     write_json(Path(out, "rerun.json"), outcome)

@@ -6,11 +6,10 @@
 __all__ = ['checkpoint_file', 'resumed_from']
 
 # %% ../../nbs/50f_start.ipynb #4c0d1a04
-import json
 from pathlib import Path
 
 from .parameters import ParameterError
-from .record import recorded_path, starts
+from .record import read_json, recorded_path, starts
 from .safe_files import checkpoints, newest_checkpoint
 
 # %% ../../nbs/50f_start.ipynb #4c0d1a06
@@ -50,7 +49,7 @@ def resumed_from(work_dir, checkpoint=None):
     if checkpoint is None:
         return checkpoint_file(work_dir)
     work_dir, given, record = Path(work_dir).resolve(), Path(checkpoint).expanduser().resolve(), Path(work_dir, "run.json")
-    known = [r for r in starts(json.loads(record.read_text())) if r["parameters"].get("checkpoint")] if record.is_file() else []
+    known = [r for r in starts(read_json(record)) if r["parameters"].get("checkpoint")] if record.is_file() else []
     given_before = [r for r in known if recorded_path(r, r["parameters"]["checkpoint"]).resolve() == given]
     started, saved = any(not r["parameters"]["resume"] for r in given_before), checkpoints(work_dir)
     if started and not saved:
