@@ -260,6 +260,26 @@ def test_a_run_at_a_constant_rate_may_go_on_for_longer(tmp_path):
     whole = train_toy(**values | dict(max_iters=9, work_dir=str(tmp_path / "whole")))
     train_toy(**values, max_iters=6)
     assert_equal_runs(train_toy(**values, max_iters=9, resume=True), whole)
+    before = files(tmp_path / "toy")
+    with pytest.raises(ResumeError, match="has done 9 iterations, and 4 are asked for"):
+        train_toy(**values, max_iters=4, resume=True)
+    assert files(tmp_path / "toy") == before
+
+
+def test_a_run_at_its_end_keeps_its_checkpoint_in_the_result(tmp_path):
+    values = write_toy(tmp_path) | dict(max_iters=6)
+    done, again = train_toy(**values).summary, train_toy(**values, resume=True).summary
+    assert again["checkpoint"] == done["checkpoint"] == str(tmp_path / "toy" / "iter_6.pth")
+
+
+def test_a_broken_record_is_named(tmp_path):
+    values = write_toy(tmp_path) | dict(max_iters=6)
+    train_toy(**values)
+    for name in ("history.json", "run.json"):
+        (tmp_path / "toy" / name).write_text("")
+        with pytest.raises(ValueError, match=f"{name} is broken .*: restore it, or remove it"):
+            train_toy(**values, resume=True)
+        (tmp_path / "toy" / name).unlink()
 
 
 @pytest.mark.gpu

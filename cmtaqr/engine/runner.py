@@ -9,7 +9,6 @@ __all__ = ['FileLogRunner', 'MixedPrecisionWrapper', 'safe_settings', 'build_run
 import contextlib
 import copy
 import itertools
-import json
 import logging
 import os
 import re
@@ -32,7 +31,7 @@ from .folder import entered, release
 from .frozen import freeze_modules
 from .hooks import HistoryHook, custom_keys, group_labels, read_history
 from .parameters import known_types
-from .record import peak_memory, run_record, write_json
+from .record import peak_memory, read_json, run_record, write_json
 from .recompute import recompute
 from .safe_files import dispensable, verify
 from .samples import EpochLoop, IterationLoop, PlacedSampler, SteadySamples, collate_with_faults
@@ -255,7 +254,7 @@ def build_runner(params, cfg):
 def _built(params, cfg):
     file, record = Path(cfg.work_dir, "run.json"), run_record(params)
     if cfg.resume and file.is_file():
-        record["resumed"] = json.loads(file.read_text())
+        record["resumed"] = read_json(file)
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(cfg.device)
@@ -335,6 +334,7 @@ def train(runner):
     records = read_history(runner.work_dir)["records"]
     began_at = next(hook.began_at for hook in runner.hooks if isinstance(hook, HistoryHook))
     saved = [hook.last_ckpt for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
+    resumed = runner._load_from if runner._resume else None
     unread = [len(hook.unreadable) for hook in runner.hooks if isinstance(hook, FaultHook)]
     tenth, samples = max(1, len(records) // 10), sum(r["samples"] for r in records if r["iter"] > began_at)
     return dict(iterations=runner.iter, epochs=round(runner.iter / len(runner.train_dataloader), 2), samples=samples,
@@ -342,4 +342,4 @@ def train(runner):
                 loss_first=_mean_terms(records[:tenth]), loss_last=_mean_terms(records[-tenth:]),
                 bias_scale=records[-1].get("bias_scale") if records else None,
                 skipped_steps=getattr(runner.optim_wrapper, "skipped", 0), quarantined_samples=sum(unread),
-                peak_memory_mib=peak_memory(), checkpoint=saved[0] if saved else None)
+                peak_memory_mib=peak_memory(), checkpoint=saved[0] if saved and saved[0] else resumed)

@@ -153,6 +153,10 @@ class StateHook(Hook):
         if changed := _changed(state["division"] | state["settings"], _division(runner) | _settings(runner)):
             raise ResumeError(f"the run cannot go on from this checkpoint: {', '.join(changed)}. Resume with the settings it "
                               "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
+        done = checkpoint["meta"]["iter"]
+        if done > runner.max_iters:
+            raise ResumeError(f"the run has done {done} iterations, and {runner.max_iters} are asked for: resume with more, or from "
+                              "an earlier checkpoint")
         if changed := _changed(state["programs"], _programs(runner)):
             text = f"the checkpoint was made with something else: {', '.join(changed)}"
             if self.strict:
