@@ -7,13 +7,12 @@ __all__ = ['HEADLINE', 'read_results', 'comparison', 'main']
 
 # %% ../../nbs/56_compare.ipynb #0dfc9306
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from .record import write_json
+from .record import read_json, write_json
 
 # %% ../../nbs/56_compare.ipynb #72355717
 HEADLINE = ["mAP", "NDS", "mATE", "mASE", "mAOE", "mAVE", "mAAE"]
@@ -30,14 +29,14 @@ def read_results(files):
 
     Raises:
         FileNotFoundError: A file is missing; the message names the notebook that writes it.
-        ValueError: A file is not the result of an evaluation.
+        ValueError: A file is broken, or not the result of an evaluation.
     """
     results = {}
     for name, path in files.items():
         path = Path(path, "result.json") if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no result {path}: run nbs/eval.ipynb with papermill, it writes result.json")
-        results[name] = json.loads(path.read_text())
+        results[name] = read_json(path)
         if "metrics" not in results[name]:
             raise ValueError(f"{path} holds no nuScenes metrics: it was not written by nbs/eval.ipynb")
     return results
@@ -62,14 +61,16 @@ def main(arguments=None):
     try:
         if wrong := [item for item, (name, _, path) in zip(options.results, pairs) if not (name and path)]:
             raise ValueError(f"{', '.join(wrong)}: expected NAME=RESULT")
-        results = read_results({name: path for name, _, path in pairs})
-    except (FileNotFoundError, ValueError) as error:
+        if len(files := {name: path for name, _, path in pairs}) < len(pairs):
+            raise ValueError(f"a name stands twice in {' '.join(options.results)}: each result needs its own")
+        results = read_results(files)
+        print(comparison(results).to_string(float_format="{:.3f}".format))
+        if options.out:
+            kept = ("metrics", "classes", "speed", "parameters", "seed", "versions", "commit", "machine", "command", "started")
+            print(write_json(options.out, {name: {key: result[key] for key in kept if key in result} for name, result in results.items()}))
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(comparison(results).to_string(float_format="{:.3f}".format))
-    if options.out:
-        kept = ("metrics", "classes", "speed", "parameters", "seed", "versions", "commit", "machine", "command", "started")
-        print(write_json(options.out, {name: {key: result[key] for key in kept if key in result} for name, result in results.items()}))
     return 0
 
 # %% ../../nbs/56_compare.ipynb #e925d924
