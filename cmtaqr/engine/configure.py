@@ -183,6 +183,9 @@ def run_config(params, notebook=None):
     name = Path(cfg.filename).stem
     default = Path(notebook).parent if notebook else package_root() / "outputs" / ("eval" if evaluation else "train") / name
     cfg.work_dir = str(Path(params.work_dir or default).expanduser().absolute())
+    if Path(cfg.filename).resolve().parent == Path(cfg.work_dir).resolve() and not params.resume:
+        raise ParameterError(f"config {params.config!r} lies in work_dir={cfg.work_dir}, where the run writes its complete config "
+                             "by the same name, which would replace it: keep the config elsewhere, or choose another work_dir")
     old = str(cfg.get("data_root") or "").rstrip("/")
     if old:
         new = Path(params.data_root).expanduser().absolute() if params.data_root else package_root() / old
