@@ -39,10 +39,11 @@ def last_weights(run):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_comes_out_again(toy, capsys, processes):
+def test_a_run_comes_out_again(toy, capsys, monkeypatch, processes):
     run = train(toy, "seed=5", *(["--nproc", "2"] if processes == 2 else []))
     assert read_run(run)[0] == "train" and read_run(run)[1].nproc == processes
-    assert main([str(run)]) == 0
+    monkeypatch.chdir(run)
+    assert main(["."]) == 0
     said = capsys.readouterr().out
     assert "the same numbers" in said and "config," not in said and "torch:" not in said
     again = Path(f"{run}_again")

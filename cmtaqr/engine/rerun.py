@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -247,7 +248,7 @@ def main(arguments=None):
     parser.add_argument("--today", action="store_true", help="with the run's config as its file is now, where it has changed")
     options = parser.parse_args(arguments)
     try:
-        outcome = rerun(options.run, options.out or f"{options.run.rstrip('/')}_again", options.tolerance, options.today)
+        outcome = rerun(options.run, options.out or f"{os.path.abspath(options.run)}_again", options.tolerance, options.today)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 1
