@@ -67,7 +67,8 @@ def main(arguments=None):
         print(comparison(results).to_string(float_format="{:.3f}".format))
         if options.out:
             kept = ("metrics", "classes", "speed", "parameters", "seed", "versions", "commit", "machine", "command", "started")
-            print(write_json(options.out, {name: {key: result[key] for key in kept if key in result} for name, result in results.items()}))
+            records = {name: {key: result[key] for key in kept if key in result} for name, result in results.items()}
+            print(write_json(options.out, records))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

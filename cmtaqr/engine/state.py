@@ -155,8 +155,8 @@ class StateHook(Hook):
                               "was made with, or start a new run from its weights: resume=False, checkpoint=<file>")
         done = checkpoint["meta"]["iter"]
         if done > runner.max_iters:
-            raise ResumeError(f"the run has done {done} iterations, and {runner.max_iters} are asked for: resume with more, or from "
-                              "an earlier checkpoint")
+            raise ResumeError(f"the run has done {done} iterations, and {runner.max_iters} are asked for: resume with more, or "
+                              "from an earlier checkpoint")
         if changed := _changed(state["programs"], _programs(runner)):
             text = f"the checkpoint was made with something else: {', '.join(changed)}"
             if self.strict:
