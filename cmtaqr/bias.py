@@ -62,8 +62,9 @@ class LocalBias:
         if self.sigma is not None:
             object.__setattr__(self, 'sigma', _positive_pair(self.sigma, 'sigma'))
 
-    def dense(self, queries: slice = slice(None)) -> Tensor:
+    def dense(self, queries: slice | None = None) -> Tensor:
         """The bias of some queries as a matrix [B, q, K], fp32 at least: for teaching, tests, and attention in chunks."""
+        queries = slice(None) if queries is None else queries    # as a default, torch 2.11 does not compile a slice
         windows, value, parts = self.windows.select(queries), self.value[:, queries], []
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         bounds = windows.bounds()
