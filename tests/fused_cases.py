@@ -385,11 +385,8 @@ def check_nan_value(device="cpu"):
         bad[0, [3, 17]] = True
         if kind != "global":
             windows.seen[0, [5, 6]] = False
-            broken[0, 5, 0], broken[0, 6, 1] = math.nan, math.inf
-            bad[0, [5, 6]] = True
-        else:
-            broken[0, 5, 0], broken[0, 6, 1] = math.inf, math.inf
-            bad[0, [5, 6]] = True
+        broken[0, 5, 0], broken[0, 6, 1] = math.inf if kind == "global" else math.nan, math.inf
+        bad[0, [5, 6]] = True
         with launched(**STEPS):
             fine = computed(inputs, grad, LocalBias(windows, inputs[3], **KINDS[kind]))
             inputs[3] = broken.requires_grad_()

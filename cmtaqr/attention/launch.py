@@ -92,5 +92,5 @@ def transforms():
 
 def observed(tensor):
     """Whether somebody looks at the operations: a compiler, a dispatch mode, a transform, or a tensor that is more than one."""
-    looked_at = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    looked_at = torch.compiler.is_compiling() or bool(transforms())
     return looked_at or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or bool(_get_current_dispatch_mode_stack())

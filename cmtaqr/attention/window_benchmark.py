@@ -160,8 +160,8 @@ def benchmark_window(layouts=tuple(LAYOUTS), batches=(1, 2), queries=900, heads=
             for backend in ('triton', 'reference') if reference else ('triton',):
                 text = ', '.join(f'{key} {value:.3f}' for key, value in record[backend].items() if key != 'kernels_us')
                 print(f'  {backend:9} {text}', file=sys.stderr)
-    return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(), command=sys.argv, dtype=str(dtype).removeprefix('torch.'), heads=heads,
-                dim=dim, records=records)
+    return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(), command=sys.argv,
+                dtype=str(dtype).removeprefix('torch.'), heads=heads, dim=dim, records=records)
 
 # %% ../../nbs/14d_window_benchmark.ipynb #de46618b
 VARIANTS = [
