@@ -64,7 +64,7 @@ def timing(run, device: str, repetitions: int) -> dict:
     run()
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
     wait()
-    first = dict(first_call_s=round(time.perf_counter() - begun, 3))
+    first = dict(first_call_s=round(time.perf_counter() - begun, 6))
     if device != 'cuda':
         return {**_spread(_cpu_times(run, repetitions, wait)), **first}
     for _ in range(4):
