@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("mmengine", reason='needs the extra: pip install "cmtaqr[detector]"')
 
 import cmtaqr  # noqa: E402
+from cmtaqr.engine.record import versions  # noqa: E402
 
 PACKAGE = Path(cmtaqr.__file__).resolve().parent
 
@@ -48,3 +49,12 @@ def test_the_commit_is_this_project_s(tmp_path):
     assert asked(vendored, inside)[0] == git(vendored, "rev-parse", "HEAD")
     (vendored / "nbs").mkdir()
     assert asked(vendored, vendored / "nbs")[1:] == ["nbs", str(vendored)]
+
+
+def test_a_version_is_recorded_of_any_build_of_the_sparse_library(tmp_path, monkeypatch):
+    """Its GPU builds are packages of other names; resuming compares what is recorded."""
+    (tmp_path / "spconv_cu999-9.8.7.dist-info").mkdir()
+    (tmp_path / "spconv_cu999-9.8.7.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: spconv-cu999\nVersion: 9.8.7\n")
+    before = versions()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions() == before | {"spconv-cu999": "9.8.7"}

@@ -228,8 +228,9 @@ def test_refused_and_passed_over(tmp_path, monkeypatch):
         with pytest.raises(ResumeError, match=f"iter_6.pth: .*{message}"):
             resumed(**changes)
         assert files(folder) == before
-    monkeypatch.setattr(state, "versions", lambda: dict(torch="9.9", papermill="1"))
-    with pytest.raises(ResumeError, match=r"torch was .*, is 9.9.*exact_resume = False"):
+    installed = state.versions() | {"torch": "9.9", "papermill": "1", "spconv-cu999": "2"}
+    monkeypatch.setattr(state, "versions", lambda: installed)
+    with pytest.raises(ResumeError, match=r"torch was .*, is 9.9.*spconv-cu999 was None, is 2.*exact_resume = False"):
         resumed()
     Path(values["config"]).write_text(Path(values["config"]).read_text() + "exact_resume = False\n")
     assert resumed(checkpoint=str(folder / "iter_3.pth")).iter == 6

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import torch
 from .parameters import package_root, source_folder
 
 # %% ../../nbs/50b_record.ipynb #8f083d44
-_PACKAGES = ("cmtaqr", "torch", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "numpy", "nuscenes-devkit",
+_PACKAGES = ("cmtaqr", "torch", "mmengine", "mmcv", "mmdet", "mmdet3d", "triton", "numpy", "nuscenes-devkit",
              "papermill")
 
 
@@ -35,7 +35,9 @@ def versions():
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | dict(torch=torch.__version__, cuda=torch.version.cuda)
+    names = {d: (d.name or "").replace("_", "-") for d in distributions()}
+    sparse = {name: d.version for d, name in names.items() if name.startswith("spconv")}  # spconv-cu126, spconv-triton, and others
+    return found | sparse | dict(torch=torch.__version__, cuda=torch.version.cuda)
 
 # %% ../../nbs/50b_record.ipynb #04d53eb8
 def git_commit():

@@ -46,7 +46,7 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../../nbs/51d_state.ipynb #d70834dd
-_DECIDING = ("python", "torch", "cuda", "numpy", "mmengine", "mmcv", "mmdet", "mmdet3d", "spconv", "triton", "cmtaqr")
+_DECIDING = ("python", "torch", "cuda", "numpy", "mmengine", "mmcv", "mmdet", "mmdet3d", "triton", "cmtaqr")
 
 
 _SETTINGS = "precision", "train_cfg", "param_scheduler", "optim_wrapper", "model"
@@ -90,7 +90,7 @@ def _programs(runner):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     kernels = dict(deterministic=(cfg.get("randomness") or {}).get("deterministic", False), compiled=cfg.get("compiled_parts"),
                    channels_last=cfg.get("channels_last"))
-    return {k: str(v) for k, v in versions().items() if k in _DECIDING} | dict(device=name, seed=runner.seed) | {
+    return {k: str(v) for k, v in versions().items() if k in _DECIDING or k.startswith("spconv")} | dict(device=name, seed=runner.seed) | {
         k: str(v or None) for k, v in kernels.items()}
 
 
