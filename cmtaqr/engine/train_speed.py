@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 
 from .configure import load_config, resolve_device
 from .parameters import ParameterError
@@ -65,6 +66,17 @@ def _warm_up(trainer, batches, steps):
     return {k: round(v / 2**20, 1) for k, v in found.items()} if cuda else None
 
 
+def _gpu_ms(trainer, batches):
+    """Milliseconds that kernels and copies of a step take together, whatever the host; None on a CPU."""
+    if trainer.device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for batch in batches:
+            trainer.step(batch)
+    spent = [e.device_time_total for e in seen.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return round(sum(spent) / 1e3 / len(batches), 2)
+
+
 def _outcome(error):
     """What to write of an error: running out of memory is a result, everything else a failure with its first lines."""
     oom = isinstance(error, torch.OutOfMemoryError)
@@ -85,9 +97,9 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
         boxes (int): Of each frame.
 
     Returns:
-        list[dict]: Per variant config, batch, its options, and either step_ms (median, p10, p90), samples_per_second, memory_mib
-        (peak, static, reserved), skipped_steps (fp16, warm-up included) and counts of weights and queries, or out_of_memory and
-        error.
+        list[dict]: Per variant config, batch, its options, and either step_ms (median, p10, p90), samples_per_second, gpu_ms (of
+        kernels and copies; None on a CPU), memory_mib (peak, static, reserved), skipped_steps (fp16, warm-up included) and counts
+        of weights and queries, or out_of_memory and error.
     """
     trainers, rows, times = {}, [], {}
     for i, variant in enumerate(variants):
@@ -106,10 +118,10 @@ def measure_round(config, batch, variants, batches, device, steps=10, warmup=3, 
         for i, trainer in trainers.items():
             times[i].append(trainer.step(batches[step % len(batches)]))
     for i, spent in times.items():
-        low, middle, high = np.percentile(spent, [10, 50, 90])
+        low, middle, high = np.percentile(spent, [10, 50, 90]).tolist()
         rows[i]["step_ms"] = dict(median=round(middle, 2), p10=round(low, 2), p90=round(high, 2))
         rows[i]["samples_per_second"] = round(1e3 * batch / middle, 3)
-        rows[i]["skipped_steps"] = getattr(trainers[i].wrapper, "skipped", 0)
+        rows[i].update(gpu_ms=_gpu_ms(trainers[i], batches), skipped_steps=getattr(trainers[i].wrapper, "skipped", 0))
     trainers.clear()
     gc.collect()
     return rows
@@ -128,9 +140,9 @@ def summary(records):
     """The promises in numbers.
 
     Returns:
-        dict: per 'config batch N': aqr_over_cmt (samples per second, all trained), frozen_over_full (the same for freezing AQR),
-        frozen_memory_saved (share of the peak), dense_memory and unfused_memory (peak over that of the windows, or
-        'out of memory').
+        dict: per 'config batch N': aqr_over_cmt (samples per second, all trained), gpu_aqr_over_cmt (the same of GPU time alone),
+        frozen_over_full (as the first, for freezing AQR), frozen_memory_saved (share of the peak), dense_memory and unfused_memory
+        (peak over that of the windows, or 'out of memory').
     """
     rows, found = {_key(r): r for r in records}, {}
     for row in records:
@@ -140,6 +152,8 @@ def summary(records):
         entry = found.setdefault(f"{row['config']} batch {row['batch']}", {})
         if "step_ms" in full and "step_ms" in cmt:
             entry["aqr_over_cmt"] = round(full["samples_per_second"] / cmt["samples_per_second"], 4)
+            if full.get("gpu_ms"):
+                entry["gpu_aqr_over_cmt"] = round(cmt["gpu_ms"] / full["gpu_ms"], 4)
         if "step_ms" in full and "step_ms" in frozen:
             entry["frozen_over_full"] = round(frozen["samples_per_second"] / full["samples_per_second"], 4)
             if full["memory_mib"]:
@@ -212,7 +226,8 @@ def describe(row):
         return name + ("out of memory" if row["out_of_memory"] else f"failed, {row['error']}")
     memory = f", peak {row['memory_mib']['peak'] / 1024:.2f} GiB, reserved {row['memory_mib']['reserved'] / 1024:.2f} GiB" \
         if row["memory_mib"] else ""
-    return name + f"{row['step_ms']['median']:.1f} ms, {row['samples_per_second']:.2f} samples/s{memory}"
+    busy = f" ({row['gpu_ms']:.1f} of them kernels)" if row.get("gpu_ms") else ""
+    return name + f"{row['step_ms']['median']:.1f} ms{busy}, {row['samples_per_second']:.2f} samples/s{memory}"
 
 
 def main(arguments=None):
