@@ -144,10 +144,27 @@ def test_readme_training_figures_come_from_result_files():
             paces = [f"{r['samples_per_second']:.1f}" for r in (full, frozen)]
             peaks = [f"{r['memory_mib']['peak'] / 1024:.1f}" for r in (full, frozen, matrix)]
             assert f"| {label}, batch {batch} | {pace:.2f} | {' | '.join(paces + peaks)} |" in readme
-    slow = [numbers["aqr_over_cmt"] for numbers in result("training_slow_host.json")["summary"].values()]
+    counted = result("training_gpu_time.json")
+    slow = [numbers["aqr_over_cmt"] for file in (result("training_slow_host.json"), counted) for numbers in file["summary"].values()]
     assert f"AQR keeps {min(slow):.2f} to {max(slow):.2f} of CMT's pace" in readme
+    own = [numbers["gpu_aqr_over_cmt"] for numbers in counted["summary"].values()]
+    assert f"CMT takes {min(own):.2f} to {max(own):.2f} of what AQR takes" in readme
+    filled = [100 * r["gpu_ms"] / r["step_ms"]["median"] for r in counted["records"]
+              if r["precision"] == "bf16" and r["attention"] == "windows"]
+    assert f"kernels fill {min(filled):.0f} to {max(filled):.0f} % of a step" in readme
     kept = [numbers["plain"]["4"] for numbers in result("scaling.json")["summary"].values()]
     assert f"{100 * min(kept):.0f} to {100 * max(kept):.0f} % of the pace" in readme
+    two = [100 * numbers["plain"]["2"] for numbers in result("scaling_two.json")["summary"].values()]
+    assert f"on another {min(two):.0f} to {max(two):.0f} % (`nbs/results/scaling_two.json`" in readme
+    drift = result("resume_drift.json")
+    apart, continued = drift["from_the_same_weights"], drift["continued_from_a_checkpoint"]
+    assert f"by {apart[0]:.1e} of the loss at once and {100 * max(apart):.0f} % within six iterations" in readme
+    assert f"continuations by {continued[0]:.1e} and {100 * max(continued):.1f} %" in readme
+    loading = result("loading.json")
+    *short, longest = sorted(100 * row["idle"] for row in loading["trained"])
+    assert f"waited for at most {max(short):.1f} % of the time, but for {longest:.1f} % with ResNet-50 frozen" in readme
+    cores = [row["cores_per_node"] for row in loading["needs"]]
+    assert f"so 8 GPUs want {min(cores)} to {max(cores)} cores" in readme
     assert f"({100 * result('instruments.json')['share_with_file']:.1f} % of a step" in readme
     launches = [r["graph_ms"] for r in result("windows.json")["records"] if r["way"] == "fused"]
     assert f"four launches and take {max(launches):.3f} ms" in readme

@@ -30,7 +30,7 @@ sensors = ["lidar", "camera"]  # one of them: the other's files are not read
 # of pasting objects of other frames. So `paste = dict()` is that recipe; None or absent pastes nothing. It is absent here because
 # mmengine merges no dict into None. It needs the database of `python -m cmtaqr.data.database ROOT`, and ends after 75 % of a run.
 batch_size = 4
-num_workers = 4
+num_workers = 6
 cbgs = True
 
 settings = data_settings(
