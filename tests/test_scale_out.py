@@ -57,6 +57,14 @@ def test_accumulated_steps_train_as_one_large_batch_does(tmp_path):
     assert any(not torch.allclose(one, two, rtol=1e-4) for one, two in zip(other, large))
 
 
+def test_schedules_may_move_on_before_the_first_update(tmp_path, recwarn):
+    params = TrainParameters.check(write_run(tmp_path) | dict(accumulate=2, max_iters=4))
+    cfg = run_config(params)
+    assert cfg.param_scheduler and cfg.optim_wrapper.accumulative_counts == 2
+    train(build_runner(params, cfg))
+    assert [str(w.message) for w in recwarn if "scheduler.step" in str(w.message)] == []
+
+
 def test_the_runner_lays_out_the_parts_that_the_config_names():
     runner = object.__new__(FileLogRunner)  # its constructor needs data
     runner.cfg = Config(dict(device="cpu", channels_last=["image"]))

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,9 @@ class FileLogRunner(Runner):
     def train(self):
         """Train; see `Runner`. Errors of memory and of lost processes are raised with their cause."""
         try:
-            with explained(self):
+            with explained(self), warnings.catch_warnings():
+                # Where gradients add up, or a step was skipped, schedules move on before the first update.
+                warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
                 return super().train()
         finally:
             release(self.work_dir)
