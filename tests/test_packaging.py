@@ -144,6 +144,10 @@ def test_readme_training_figures_come_from_result_files():
             paces = [f"{r['samples_per_second']:.1f}" for r in (full, frozen)]
             peaks = [f"{r['memory_mib']['peak'] / 1024:.1f}" for r in (full, frozen, matrix)]
             assert f"| {label}, batch {batch} | {pace:.2f} | {' | '.join(paces + peaks)} |" in readme
+    times = {(r["config"], bool(r["compile"])): r["step_ms"]["median"] for r in training["records"]
+             if r["precision"] == "bf16" and r["batch"] == 2 and r["frozen"] and r["attention"] == "windows"}
+    off = [100 * (1 - times[config, True] / times[config, False]) for config, compiled in times if compiled]
+    assert f"takes {off[0]:.0f} % off a step with frozen encoders and batch 2 (ResNet-50), or {off[1]:.0f} % (VoVNet-99)" in readme
     counted = result("training_gpu_time.json")
     slow = [numbers["aqr_over_cmt"] for file in (result("training_slow_host.json"), counted) for numbers in file["summary"].values()]
     assert f"AQR keeps {min(slow):.2f} to {max(slow):.2f} of CMT's pace" in readme
