@@ -8,6 +8,7 @@ __all__ = ['frame_average_precision', 'overfit', 'main', 'plot_overfit']
 # %% ../../nbs/55_overfit.ipynb #c8f13cfd
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -151,18 +152,28 @@ def overfit(info_file, config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=8
 
 # %% ../../nbs/55_overfit.ipynb #76564424
 def main(arguments=None):
-    """Command line `python -m cmtaqr.engine.overfit INFO_FILE --out FILE`."""
+    """Command line `python -m cmtaqr.engine.overfit INFO_FILE --out FILE`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cmtaqr.engine.overfit", description="Train on one frame from random weights and score it on that frame.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("info_file", help="info file of the frame; images and sweep lie beside it")
     parser.add_argument("--out", required=True, help="JSON file to write")
-    for name, default in dict(config="cmt_aqr_voxel0100_r50_800x320_cbgs", iterations=800, lr=3e-4, seed=0, device="cuda", score_every=50, precision="fp32").items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=" ")
+    parser.add_argument("--config", default="cmt_aqr_voxel0100_r50_800x320_cbgs", help="name of a packaged config, or path of a .py file")
+    for name, default, text in (("iterations", 800, "training steps, one frame each"), ("lr", 3e-4, "peak learning rate of AdamW"),
+                                ("seed", 0, "of weights, dropout and denoising noise"), ("score-every", 50, "steps between two scores")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of the training")
     options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    result = overfit(**options)
-    write_json(Path(out), result)
+    out = Path(options.pop("out"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the training, whose result would be lost
+        result = overfit(**options)
+        write_json(out, result)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     print(json.dumps({name: result[name] for name in ("mAP", "AP", "seconds", "peak_memory_gib")}, indent=1))
+    return 0
 
 # %% ../../nbs/55_overfit.ipynb #577bf9f8
 def plot_overfit(result):
@@ -181,4 +192,4 @@ def plot_overfit(result):
 # %% ../../nbs/55_overfit.ipynb #1f60bc6e
 #| eval: false
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
