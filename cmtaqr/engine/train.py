@@ -78,7 +78,7 @@ def command_parser(kind):
         description=f"The run of nbs/{kind}.ipynb from a shell. Packaged configs:\n  " + "\n  ".join(config_names()),
         epilog=f"parameters, with their defaults:\n{rows}")
     parser.add_argument("config", help="name of a packaged config, or path of a .py file")
-    parser.add_argument("parameters", nargs="*", metavar="key=value", help="see below")
+    parser.add_argument("parameters", nargs="*", default=[], metavar="key=value", help="see below")
     for name in LAUNCHING:
         parser.add_argument(f"--{name}", metavar=name.upper(), help=f"the same as {name}={name.upper()}")
     return parser
