@@ -105,6 +105,12 @@ def test_aqr_file_for_a_plain_cmt_says_so(released, tmp_path):
         load_checkpoint(build("cmt_voxel0100_r50_800x320_cbgs"), tmp_path / "aqr.pth")
 
 
+def test_another_version_of_aqr_is_not_called_none():
+    own, others = "pts_bbox_head.aqr_modulator.trained_with", "pts_bbox_head.aqr_bias.bias_scale"
+    said = str(CheckpointMismatch("a b/iter_2.pth", [own], [others], []))
+    assert "the model has another version of AQR." in said and "inspect 'a b/iter_2.pth'`" in said
+
+
 class Touch:
     """Creates a file when unpickled without restrictions."""
 

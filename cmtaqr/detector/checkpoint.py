@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import pickle
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,10 +203,13 @@ class CheckpointMismatch(ValueError):
         lists = (("missing from the file", missing), ("unknown to the model", unexpected),
                  ("of another shape", [f"{key} {tuple(found)} instead of {tuple(want)}" for key, found, want in shapes]))
         parts = [f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for what, keys in lists if keys]
-        hint = " The file has AQR weights and the model has no AQR." if unexpected and all(map(is_aqr, unexpected)) else ""
+        hint = ""
+        if unexpected and all(map(is_aqr, unexpected)):
+            other = any(map(is_aqr, missing))  # versions have weights of their own
+            hint = f" The file has AQR weights and the model has {'another version of AQR' if other else 'no AQR'}."
         super().__init__(
             f"checkpoint {file} does not fit this model ({'; '.join(parts)}).{hint} Use the config that it was trained "
-            f"with, or ask `python -m cmtaqr.detector.checkpoint inspect {file}`.")
+            f"with, or ask `python -m cmtaqr.detector.checkpoint inspect {shlex.quote(str(file))}`.")
 
 
 def is_aqr(key):
@@ -258,11 +262,13 @@ def main(arguments=None):
         prog="python -m cmtaqr.detector.checkpoint", description="Look into a checkpoint of CMT, of MoME or "
         "of this package without running code from it, and start AQR from it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="say per module what fits, is missing, is left over or has another shape; "
-                                  "the exit status is 0 if the file can be loaded or converted")
+    text = ("say per module what fits, is missing, is left over or has another shape; the exit status is 0 if the file can be "
+            "loaded or converted")
+    inspect = commands.add_parser("inspect", help=text, description=text)
     inspect.add_argument("--config", help="name of a packaged config or path of a .py file (default: whichever fits best)")
     inspect.add_argument("--all", dest="every_key", action="store_true", help="name every key, not the first few")
-    convert = commands.add_parser("convert", help="write the AQR start checkpoint: the file's weights and fresh AQR parameters")
+    text = "write the AQR start checkpoint: the file's weights and fresh AQR parameters"
+    convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument("--out", required=True, help="file to write")
     convert.add_argument("--config", required=True, help="config with AQR: name of a packaged one or path of a .py file")
     convert.add_argument("--seed", type=int, default=0, help="seed of the fresh parameters (default 0)")
