@@ -7,6 +7,7 @@ pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[dete
 pytest.importorskip("papermill", reason='needs the extra: pip install "cmtaqr[dev]"')
 
 from cmtaqr.engine.configure import load_config, run_config  # noqa: E402
+from cmtaqr.engine.eval import main as eval_main  # noqa: E402
 from cmtaqr.engine.parameters import EvalParameters  # noqa: E402
 from cmtaqr.engine.runner import build_runner  # noqa: E402
 from test_engine import call_papermill  # noqa: E402
@@ -59,6 +60,19 @@ def test_evaluation_writes_metrics_and_figures(folder):
     assert sum("image/png" in o.get("data", {}) for o in shown) == 5, "AP, curves, BEV, cameras, query weights"
     printed = "".join(t for o in shown if o["output_type"] == "stream" for t in o["text"])
     assert len(printed.splitlines()) < 40 and "CAUTION" not in printed, printed
+
+
+def test_a_frame_that_is_not_there_is_refused_before_the_evaluation(folder):
+    words = "-p", "checkpoint", "train", "-p", "frame", "2", "-p", "work_dir", "none"
+    done = call_papermill("eval", "train/none.ipynb", *QUICK, *words, cwd=folder)
+    assert done.returncode and "frame=2, but the evaluated set has 2 frames: choose 0 to 1" in done.stderr
+    assert not (folder / "none" / "result.json").exists()
+
+
+def test_a_shell_cautions_as_the_notebook_does(folder, capsys):
+    words = [f"{name}={folder / path}" for name, path in dict(data_root="world", checkpoint="train", work_dir="shell").items()]
+    assert eval_main(["cmt_aqr_tiny", *words, "device=cpu", "num_workers=0", "window_size=3"]) == 0
+    assert "CAUTION: the checkpoint was trained with window_size=None, it is evaluated with window_size=3" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_refused(folder):

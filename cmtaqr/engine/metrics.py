@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TP_ERRORS', 'Evaluation', 'read_evaluation', 'SplitMetric', 'check_frames', 'evaluate', 'Frame', 'predict_data',
-           'predict_frame']
+           'check_frame', 'predict_frame']
 
 # %% ../../nbs/53_metrics.ipynb #c205fd54
 import contextlib
@@ -269,6 +269,21 @@ def predict_data(model, data, classes, token=""):
         cameras=tuple(sample.metainfo.get("cameras", ())))
 
 
+def check_frame(runner, index):
+    """Refuse a frame that the test set does not have.
+
+    Args:
+        runner: From `build_runner`, for an evaluation.
+        index: Number of the frame in the test set.
+
+    Raises:
+        IndexError: The set has fewer frames.
+    """
+    number = len(runner.test_dataloader.dataset)
+    if not 0 <= index < number:
+        raise IndexError(f"frame={index}, but the evaluated set has {number} frames: choose 0 to {number - 1}")
+
+
 def predict_frame(runner, index):
     """Run the model on one frame of the test set.
 
@@ -282,7 +297,6 @@ def predict_frame(runner, index):
     Raises:
         IndexError: The set has fewer frames.
     """
+    check_frame(runner, index)
     dataset = runner.test_dataloader.dataset
-    if not 0 <= index < len(dataset):
-        raise IndexError(f"frame={index}, but the evaluated set has {len(dataset)} frames: choose 0 to {len(dataset) - 1}")
     return predict_data(runner.model, dataset[index], dataset.metainfo["classes"], token=index)

@@ -13,7 +13,7 @@ from typing import get_type_hints
 
 import yaml
 
-from .configure import run_config
+from .configure import cautions, run_config
 from .parameters import ParameterError, config_names
 from .safe_files import checkpoints
 from .worker import KINDS, run, write_sbatch
@@ -116,6 +116,8 @@ def run_command(kind, arguments=None):
             path = write_sbatch(kind, params, cfg)
             print(f"wrote {path}: look at it, add partition and environment, then `sbatch {path}`")
             return 0
+        for line in cautions(params, cfg.load_from) if kind == "eval" else ():
+            print(line, file=sys.stderr)
         result = run(kind, params, cfg)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:  # the last: too many steps skipped
         print(error, file=sys.stderr)
