@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("mmdet3d", reason='needs the extra: pip install "cmtaqr[detector]"')
 pytest.importorskip("papermill", reason='needs the extra: pip install "cmtaqr[dev]"')
@@ -73,6 +74,17 @@ def test_a_shell_cautions_as_the_notebook_does(folder, capsys):
     words = [f"{name}={folder / path}" for name, path in dict(data_root="world", checkpoint="train", work_dir="shell").items()]
     assert eval_main(["cmt_aqr_tiny", *words, "device=cpu", "num_workers=0", "window_size=3"]) == 0
     assert "CAUTION: the checkpoint was trained with window_size=None, it is evaluated with window_size=3" in capsys.readouterr().err
+
+
+def test_a_model_that_detects_nothing_is_told_apart(folder, capsys):
+    content = torch.load(folder / "train" / "iter_2.pth", weights_only=False)
+    for value in content["state_dict"].values():
+        if value.is_floating_point():
+            value.fill_(torch.nan)
+    torch.save(dict(state_dict=content["state_dict"]), folder / "lost.pth")
+    words = [f"{name}={folder / path}" for name, path in dict(data_root="world", checkpoint="lost.pth", work_dir="lost").items()]
+    assert eval_main(["cmt_aqr_tiny", *words, "device=cpu", "num_workers=0"]) == 1
+    assert "no frame has a detection" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_refused(folder):

@@ -114,8 +114,14 @@ class SplitMetric(NuScenesMetric):
         """Run the devkit, which writes its files beside the submission."""
         folder = Path(result_path).parent
         tables = NuScenes(self.version, self.data_root, verbose=False)
-        NuScenesEval(tables, self.eval_detection_configs, result_path, self.eval_set(self.version), str(folder),
-                     verbose=False).main(render_curves=False)
+        try:
+            NuScenesEval(tables, self.eval_detection_configs, result_path, self.eval_set(self.version), str(folder),
+                         verbose=False).main(render_curves=False)
+        except Exception as error:
+            if "Invalid box type: None" not in str(error):
+                raise
+            raise ValueError("no frame has a detection, so there is nothing to evaluate: look whether the checkpoint's weights are "
+                             "finite, and whether its training converged") from error  # the devkit's words do not tell that
         summary = json.loads((folder / "metrics_summary.json").read_text())
         return {f"{result_name}_NuScenes/mAP": summary["mean_ap"], f"{result_name}_NuScenes/NDS": summary["nd_score"]}
 
@@ -153,7 +159,7 @@ def evaluate(runner, precision="fp32"):
         `Evaluation`, and a dictionary with `frames`, `seconds` of inference with the data loading, and `frames_per_second`.
 
     Raises:
-        FileNotFoundError, ValueError: There are no tables or boxes to evaluate with, see `check_frames`.
+        FileNotFoundError, ValueError: There are no tables or boxes to evaluate with, see `check_frames`, or no detection.
         RuntimeError: The devkit or mmdet3d refused the detections; the message names the log.
     """
     frames = check_frames(runner)
