@@ -358,6 +358,16 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("root, words", [("file/w", "Not a directory"), ("broken", "world.json is broken")])
+def test_a_folder_that_cannot_be_used_is_told_on_a_line(tmp_path, capsys, root, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "world.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / root), "--scenes", "1"])
+    assert words in capsys.readouterr().err
+
+
 def test_world_needs_no_detector():
     """NumPy and OpenCV are enough: neither torch nor the OpenMMLab packages are imported where they are absent."""
     hidden = ("mmdet3d", "mmdet", "mmcv", "mmengine", "torch", "nuscenes", "pyquaternion")

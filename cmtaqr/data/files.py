@@ -80,7 +80,10 @@ def write_whole(path, data):
 # %% ../../nbs/42a_files.ipynb #857ef559
 def remembers(path, source):
     """Whether a JSON file exists and holds that dict."""
-    return path.is_file() and json.loads(path.read_text()) == source
+    try:
+        return json.loads(path.read_text()) == source
+    except (FileNotFoundError, ValueError):  # a broken one remembers nothing
+        return False
 
 
 def begin_work(folder, source, parts=()):

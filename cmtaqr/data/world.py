@@ -120,7 +120,10 @@ def _prepare(root, config, overwrite):
     """Decides whether a folder may be written to; clears an old world if told to."""
     record, described = root / "world.json", json.loads(json.dumps({"generator": GENERATOR, **asdict(config)}))
     if record.exists():
-        old = json.loads(record.read_text())
+        try:
+            old = json.loads(record.read_text())
+        except ValueError as error:
+            raise ValueError(f"{record} is broken ({error}): restore it, or remove {root} to begin anew") from error
         changed = [f"{key}: {old['world'].get(key)} there, {value} asked for" for key, value in described.items()
                    if old["world"].get(key) != value]
         if not changed and not overwrite:
@@ -240,7 +243,7 @@ def main(argv=None):
     scenes = options.pop("scenes")
     try:
         root = make_world(options.pop("root"), int(scenes[0]) if len(scenes) == 1 and scenes[0].isdigit() else scenes, **options)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"world complete: {root}")
 

@@ -28,7 +28,7 @@ from .lookup import config_of, find_info, sample_tokens
 from .metrics import predict_data
 from .parameters import package_root
 from .progress import Progress
-from .record import write_json
+from .record import read_json, write_json
 
 # isort: split
 from mmdet3d.registry import MODELS
@@ -193,7 +193,7 @@ def detect_all(detector, tokens, out, score_threshold=0.0, figures=0, figure_thr
     stamp = dict(checkpoint=detector.checkpoint.name, bytes=file.st_size, changed=file.st_mtime_ns, config=detector.source,
                  data_root=str(Path(detector.data_root).absolute()), score_threshold=score_threshold)
     record, parts = out / "inference.json", {token: out / "frames" / f"{token}.json" for token in tokens}
-    if not force and record.is_file() and json.loads(record.read_text()) != stamp:
+    if not force and record.is_file() and read_json(record) != stamp:
         raise FileExistsError(
             f"{out} holds detections of other weights or settings: choose another folder, or begin anew with --force")
     for part in (out / "frames").glob("*.json") if force else ():

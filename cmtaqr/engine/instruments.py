@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from .distributions import BINS, MODALITIES, attention_sums, distribution, tally
-from .record import _plain
+from .record import _plain, read_json
 from .safe_files import dispensable, write_whole
 
 # %% ../../nbs/53a_instruments.ipynb #9e838c2e
@@ -53,11 +53,12 @@ def read_instruments(folder, filename="instruments.json"):
 
     Raises:
         FileNotFoundError: The folder holds none.
+        ValueError: It is not JSON.
     """
     path = Path(folder, filename)
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: was {folder} trained with AQR and with InstrumentsHook among its hooks?")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 # %% ../../nbs/53a_instruments.ipynb #b6a522f9
 @HOOKS.register_module(force=True)
