@@ -180,3 +180,12 @@ def test_fused_attention_stays_near_flash_in_memory(cuda, tmp_path):
     figures = result["ratios"][place]["fused"]
     assert figures["forward"]["to_cudnn"] > 0 and 0 < figures["forward"]["of_floor"] < 1
     assert figures["forward_backward"]["mib_above_flash"] <= 16
+
+
+@pytest.mark.parametrize("name, value, words", [("results", "foreign.json", "foreign.json is no result of cmtaqr.attention.benchmark"),
+                                                ("device", "cud", "device is cuda or cpu"), ("quick", "no", "are True or False")])
+def test_notebook_refuses_what_it_cannot_draw(tmp_path, name, value, words):
+    from test_engine import call_papermill
+    (tmp_path / "foreign.json").write_text("[1]")
+    done = call_papermill("benchmark", tmp_path / "drawn.ipynb", "-p", name, value, cwd=tmp_path)
+    assert done.returncode and "ValueError: " in done.stderr and words in done.stderr
