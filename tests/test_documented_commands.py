@@ -15,7 +15,8 @@ def blocks(path):
     """Code blocks of a notebook's text that hold shell commands."""
     cells = json.loads(path.read_text())["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return [block for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) if re.search(r"^(papermill|python -m) ", block, re.M)]
+    found = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    return [block for block in found if re.search(r"^(papermill|python -m) ", block, re.M)]
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if blocks(path)], ids=lambda path: path.stem)

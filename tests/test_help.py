@@ -43,7 +43,8 @@ def test_every_option_is_explained(module, parser_of):
                 continue
             assert (action.help or "").strip(), f"{parser.prog}: {action.dest} is not explained"
             shown = parser._get_formatter()._expand_help(action)
-            assert not (action.nargs == 0 and "(default: True)" in shown), f"{parser.prog}: {action.option_strings} is off by default"
+            false = action.nargs == 0 and "(default: True)" in shown
+            assert not false, f"{parser.prog}: {action.option_strings} is off by default"
 
 
 def test_parameters_may_be_left_out(capsys):

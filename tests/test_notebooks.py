@@ -73,7 +73,8 @@ def test_a_frame_that_is_not_there_is_refused_before_the_evaluation(folder):
 def test_a_shell_cautions_as_the_notebook_does(folder, capsys):
     words = [f"{name}={folder / path}" for name, path in dict(data_root="world", checkpoint="train", work_dir="shell").items()]
     assert eval_main(["cmt_aqr_tiny", *words, "device=cpu", "num_workers=0", "window_size=3"]) == 0
-    assert "CAUTION: the checkpoint was trained with window_size=None, it is evaluated with window_size=3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "CAUTION: the checkpoint was trained with window_size=None, it is evaluated with window_size=3" in said
 
 
 def test_a_model_that_detects_nothing_is_told_apart(folder, capsys):

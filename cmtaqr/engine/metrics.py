@@ -120,8 +120,8 @@ class SplitMetric(NuScenesMetric):
         except Exception as error:
             if "Invalid box type: None" not in str(error):
                 raise
-            raise ValueError("no frame has a detection, so there is nothing to evaluate: look whether the checkpoint's weights are "
-                             "finite, and whether its training converged") from error  # the devkit's words do not tell that
+            raise ValueError("no frame has a detection, so there is nothing to evaluate: look whether the checkpoint's weights "
+                             "are finite, and whether its training converged") from error  # the devkit's words do not tell that
         summary = json.loads((folder / "metrics_summary.json").read_text())
         return {f"{result_name}_NuScenes/mAP": summary["mean_ap"], f"{result_name}_NuScenes/NDS": summary["nd_score"]}
 

@@ -157,7 +157,8 @@ def main(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("info_file", help="info file of the frame; images and sweep lie beside it")
     parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--config", default="cmt_aqr_voxel0100_r50_800x320_cbgs", help="name of a packaged config, or path of a .py file")
+    parser.add_argument("--config", default="cmt_aqr_voxel0100_r50_800x320_cbgs",
+                        help="name of a packaged config, or path of a .py file")
     for name, default, text in (("iterations", 800, "training steps, one frame each"), ("lr", 3e-4, "peak learning rate of AdamW"),
                                 ("seed", 0, "of weights, dropout and denoising noise"), ("score-every", 50, "steps between two scores")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)

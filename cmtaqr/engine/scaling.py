@@ -207,7 +207,8 @@ def main(arguments=None):
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names or paths of AQR configs")
     parser.add_argument("--modes", nargs="+", default=["full", "frozen"], choices=["full", "frozen"], help="what is trained")
     parser.add_argument("--batch", type=int, help="samples per process, else the config's")
-    parser.add_argument("--no-options", dest="options", action="store_false", default=argparse.SUPPRESS, help="leave DDP's options out")
+    parser.add_argument("--no-options", dest="options", action="store_false", default=argparse.SUPPRESS,
+                        help="leave DDP's options out")
     for name, default, text in (("steps", 10, "steps measured per case"), ("warmup", 4, "steps before"),
                                 ("turns", 10, "LiDAR turns per frame"), ("boxes", 40, "boxes per frame")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
