@@ -115,8 +115,11 @@ def test_a_run_that_went_on_in_a_new_folder_goes_on_again(toy):
     step = next(file for file in stopped.glob("*.pth") if file.name != "iter_6.pth")
     run = train(toy, "resume=true", f"checkpoint={step}")
     assert rerun(run, toy / "again")["same"]
-    with pytest.raises(ParameterError, match="holds checkpoints, from which the repetition would go on"):
-        rerun(run, toy / "again")
+    for repeated in (run, stopped):  # the one that was resumed would go on from them
+        with pytest.raises(ParameterError, match="again holds the checkpoints of a training already: choose another folder"):
+            rerun(repeated, toy / "again")
+    with pytest.raises(ParameterError, match="tolerance -1: a relative difference is at least 0"):
+        rerun(run, toy / "third", tolerance=-1)
     record = json.loads((run / "run.json").read_text())
     record["parameters"]["checkpoint"] = None
     (run / "run.json").write_text(json.dumps(record))

@@ -204,7 +204,9 @@ def test_a_refused_resume_changes_no_file(tmp_path, processes):
     with pytest.raises(ValueError if processes == 1 else RuntimeError, match=message):
         go(resume=True, lr=5.0)
     assert files(tmp_path / "toy") == before
-    assert go(resume=True)["resumed"]["parameters"]["resume"] is False
+    again = go(resume=True)
+    assert again["training"]["samples"] == 0, "it had come to its end"
+    assert again["resumed"]["parameters"]["resume"] is False and again["resumed"]["training"]["samples"] > 0
     assert json.loads((tmp_path / "toy" / "result.json").read_text())["parameters"]["resume"] is True
 
 

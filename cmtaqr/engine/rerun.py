@@ -203,16 +203,18 @@ def rerun(folder, out, tolerance=0.0, today=False):
 
     Raises:
         FileNotFoundError: `folder` holds no run or nothing to compare with, or data or checkpoint are gone.
-        ParameterError: `out` is `folder`, a parameter cannot be used any more, the record does not tell how the run began, or `today` is
-            asked for and the config is gone.
+        ParameterError: `out` is `folder` or holds a training, `tolerance` is negative, a parameter cannot be used any more, the
+            record does not tell how the run began, or `today` is asked for and the config is gone.
     """
+    if not tolerance >= 0:
+        raise ParameterError(f"--tolerance {tolerance}: a relative difference is at least 0")
     if Path(out).resolve() == Path(folder).resolve():
         raise ParameterError(f"--out {out} is the run itself: choose another folder")
     kind, params, record = read_run(folder)
     before = read_history(folder)["records"] if kind == "train" else _metrics(folder)
     params = dataclasses.replace(params, work_dir=str(out))
-    if params.resume and checkpoints(out):
-        raise ParameterError(f"--out {out} holds checkpoints, from which the repetition would go on: choose an empty folder")
+    if checkpoints(out):
+        raise ParameterError(f"--out {out} holds the checkpoints of a training already: choose another folder")
     recorded, found = _absolute(record)["config"], differences(record)
     gone = recorded != params.config
     if gone and today:

@@ -256,9 +256,9 @@ def build_runner(params, cfg):
 
 
 def _built(params, cfg):
-    file, record = Path(cfg.work_dir, "run.json"), run_record(params)
-    if cfg.resume and file.is_file():
-        record["resumed"] = read_json(file)
+    file, result, record = Path(cfg.work_dir, "run.json"), Path(cfg.work_dir, "result.json"), run_record(params)
+    if cfg.resume and file.is_file():  # a run that had come to its end keeps its figures
+        record["resumed"] = read_json(result if is_main_process() and result.is_file() else file)
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(cfg.device)
