@@ -166,6 +166,9 @@ def test_config_is_found(weights, tmp_path):
     cfg, source = config_of(tmp_path / "start.pth")
     assert source == "cmt_aqr_tiny of run.json" and cfg.model.pts_bbox_head.aqr.bias.bias_scale == 1.25
     assert cfg.model.pts_bbox_head.aqr.bias.window_size == 5
+    (tmp_path / "run.json").write_text('{"parameters": ')
+    with pytest.raises(ValueError, match="run.json is broken"):
+        config_of(tmp_path / "start.pth")
 
 
 def test_text_in_a_checkpoint_is_not_run(weights, tmp_path):

@@ -6,7 +6,6 @@
 __all__ = ['config_of', 'find_info', 'sample_tokens']
 
 # %% ../../nbs/56a_lookup.ipynb #3cab4492
-import json
 import pickle
 from dataclasses import fields
 from functools import lru_cache
@@ -19,6 +18,7 @@ from ..detector.convert import fit
 from .aqr import put_aqr
 from .configure import load_config
 from .parameters import RunParameters, config_names
+from .record import read_json
 
 # %% ../../nbs/56a_lookup.ipynb #476d3950
 def config_of(checkpoint, config=None):
@@ -32,11 +32,11 @@ def config_of(checkpoint, config=None):
         tuple[Config, str]: The config, and where it comes from.
 
     Raises:
-        ValueError: If nothing tells the config, or several fit.
+        ValueError: If nothing tells the config, or several fit, or the run's record is broken.
     """
     record = checkpoint.with_name("run.json")
     if config is None and record.is_file():
-        recorded, known = json.loads(record.read_text())["parameters"], {f.name for f in fields(RunParameters)}
+        recorded, known = read_json(record)["parameters"], {f.name for f in fields(RunParameters)}
         params = RunParameters(**{name: value for name, value in recorded.items() if name in known})
         cfg = load_config(params.config)
         put_aqr(cfg, params)
