@@ -90,8 +90,8 @@ def _programs(runner):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     kernels = dict(deterministic=(cfg.get("randomness") or {}).get("deterministic", False), compiled=cfg.get("compiled_parts"),
                    channels_last=cfg.get("channels_last"))
-    return {k: str(v) for k, v in versions().items() if k in _DECIDING or k.startswith("spconv")} | dict(device=name, seed=runner.seed) | {
-        k: str(v or None) for k, v in kernels.items()}
+    programs = {k: str(v) for k, v in versions().items() if k in _DECIDING or k.startswith("spconv")}
+    return programs | dict(device=name, seed=runner.seed) | {k: str(v or None) for k, v in kernels.items()}
 
 
 def _changed(saved, here, most=6):
